@@ -1,0 +1,720 @@
+"""Every network of nano-blip3o, the sequence format, the flow-matching loss and its sampler.
+
+Read from top to bottom: text -> Attention -> Trunk (causal transformer) -> DiT -> flow matching
+-> VAE -> TinyCLIP -> Unified (the backbone with its queries). Nothing here trains or reads files.
+
+Dimension key, one letter per axis, used in every shape comment:
+    B batch rows            T positions of a sequence      D width of a network
+    N tokens of a grid      M conditioning tokens          C channels of a grid's vectors
+    P prompts (B = P K)     K noise draws per prompt       H heads, E width of one head
+    S side of a picture     V vocabulary                   L width of the conditioning tokens
+Time runs as in the paper: t = 0 is noise, t = 1 is data.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import timm
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+# ------------------------------------------------------------------------------------------ text
+
+SPECIALS = ("<pad>", "<bos>", "<user>", "<bot>", "<eos>", "<image>", "<query>")
+PAD, BOS, USER, BOT, EOS, IMAGE, QUERY = range(256, 256 + len(SPECIALS))
+
+
+class Tokenizer:
+    """UTF-8 bytes (ids 0-255), special tokens, then whole words; lossless on any string.
+
+    A word carries the space before it, and every text is read as if a space stood before it, so
+    that "circle" has one id wherever it stands. What is not in `words` falls back to its bytes.
+    """
+
+    def __init__(self, words: Sequence[str] = ()):
+        self.words = list(words)
+        self.word_ids = {word: 256 + len(SPECIALS) + i for i, word in enumerate(self.words)}
+        self.pieces = {i: word.encode() for word, i in self.word_ids.items()}
+        self.pieces.update((i, bytes([i])) for i in range(256))
+
+    def __len__(self) -> int:
+        return 256 + len(SPECIALS) + len(self.words)
+
+    @classmethod
+    def fit(cls, texts: Iterable[str], size: int = 768) -> "Tokenizer":
+        """Keeps the `size` most frequent words that occur at least twice."""
+        counts = Counter(piece for text in texts for piece in cls.split(text))
+        ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        words = [word for word, count in ranked if count > 1 and len(word) > 1][:size]
+        return cls([word for word in words if word.isprintable()])
+
+    @staticmethod
+    def split(text: str) -> list[str]:
+        return re.findall(r" ?\w+|\W", " " + text)
+
+    def encode(self, text: str) -> list[int]:
+        ids = []
+        for piece in self.split(text):
+            word = self.word_ids.get(piece)
+            ids.extend(piece.encode("utf-8", "surrogatepass") if word is None else [word])
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Inverse of `encode`; special tokens are skipped, broken UTF-8 is shown as U+FFFD."""
+        raw = b"".join(self.pieces.get(int(i), b"") for i in ids)
+        try:
+            text = raw.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            text = raw.decode("utf-8", "replace")
+        return text.removeprefix(" ")
+
+
+def build_sequences(
+    tokenizer: Tokenizer, rows: Sequence[Sequence[tuple[str, str | None]]], tokens: int = 64,
+    length: int | None = None, cut: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The one function that lays out a sequence, for every task, in training and in inference.
+
+    A row is a list of (role, text):
+        ("image", None)    `tokens` positions that image vectors will fill
+        ("user", text)     <user> text
+        ("bot", text)      <bot> text <eos>, the part that carries loss; text None leaves it open
+        ("queries", None)  `tokens` positions that the learned queries will fill
+    Returns ids (B, T) and learn (B, T), true where the token is to be predicted. Rows are padded
+    on the left, so that the last position is the last of each row; T is `length`, or the longest rounded up to 16.
+
+    Raises ValueError if a row is longer than `length`, unless `cut` drops its end.
+    """
+    built = []
+    for row in rows:
+        ids, learn = [BOS], [False]
+        for role, text in row:
+            body = tokenizer.encode(text) if text is not None else []
+            if role in ("image", "queries"):
+                body = [IMAGE if role == "image" else QUERY] * tokens
+            elif role == "bot" and text is not None:
+                body = [BOT, *body, EOS]
+            else:
+                body = [BOT if role == "bot" else USER, *body]
+            ids += body
+            # <bot> itself is given, what follows it is learned
+            learn += [role == "bot" and i > 0 for i in range(len(body))]
+        if length is not None and len(ids) > length:
+            if not cut:
+                raise ValueError(f"a sequence of {len(ids)} tokens, at most {length} are possible")
+            ids, learn = ids[:length], learn[:length]
+        built.append((ids, learn))
+    # whole multiples of 16: a compiled network meets few different lengths
+    length = length or math.ceil(max(len(ids) for ids, _ in built) / 16) * 16
+    ids = torch.tensor([[PAD] * (length - len(ids)) + ids for ids, _ in built])  # (B, T)
+    learn = torch.tensor([[False] * (length - len(row)) + row for _, row in built])  # (B, T)
+    return ids, learn
+
+
+# ------------------------------------------------------------------------------- building blocks
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(E)) v: (B, H, T, E), (B, H, M, E), (B, H, M, E) -> (B, H, T, E).
+
+    mask (B, 1, T, M) is true where a query may look. CPUs get the plain formula: the fused kernel
+    is slower there, in the backward pass above all.
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, M)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(-1) @ v
+
+
+def rotary(positions: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary positions: (T,) -> two of (T, E / 2), in float32."""
+    rates = 10_000.0 ** (-torch.arange(head_width // 2, device=positions.device) * 2 / head_width)
+    angles = positions.float()[:, None] * rates
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns the pairs (x_i, x_{i + E/2}) by their position's angle: (B, H, T, E) -> same."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)  # two of (B, H, T, E / 2)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with QK-norm: self-attention, or cross-attention to `context`."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width, bias=False)
+        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)
+        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)
+
+    def forward(self, x, context=None, mask=None, rope=None, cache=None) -> Tensor:
+        """(B, T, D), context (B, M, D) -> (B, T, D).
+
+        cache is a list, empty or [keys, values] of earlier positions; it is brought up to date.
+        """
+        context = x if context is None else context
+        q = rearrange(self.q(x), "b t (h e) -> b h t e", h=self.heads)
+        k, v = rearrange(self.kv(context), "b m (s h e) -> s b h m e", s=2, h=self.heads)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        if cache:
+            k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
+        if cache is not None:
+            cache[:] = [k, v]
+        mixed = attention(q, k, v, mask)
+        return self.out(rearrange(mixed, "b h t e -> b t (h e)"))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate) * up): (B, T, D) -> (B, T, D), hidden width 8/3 D rounded up to 32."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        hidden = math.ceil(width * 8 / 3 / 32) * 32
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # two of (B, T, 8/3 D)
+        return self.down(F.silu(gate) * up)
+
+
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
+
+
+class TrunkBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); both outputs start at zero."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.attention = Attention(width, heads)
+        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
+        self.mlp = SwiGLU(width)
+        nn.init.zeros_(self.attention.out.weight)
+        nn.init.zeros_(self.mlp.down.weight)
+
+    def forward(self, x, mask, rope, cache=None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), mask=mask, rope=rope, cache=cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Trunk(nn.Module):
+    """Causal transformer over embeddings; the backbone, and the text tower of the tiny CLIP."""
+
+    def __init__(self, width: int, depth: int, heads: int):
+        super().__init__()
+        self.head_width = width // heads
+        self.blocks = nn.ModuleList(TrunkBlock(width, heads) for _ in range(depth))
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+
+    def forward(self, x: Tensor, valid: Tensor, caches: list | None = None) -> Tensor:
+        """Embeddings (B, T, D), valid (B, past + T) false at padding -> states (B, T, D).
+
+        caches is None, or one list for each block (see `Attention`), made by `new_caches`.
+        """
+        total, new = valid.shape[1], x.shape[1]
+        keys = torch.arange(total, device=x.device)
+        queries = keys[total - new :]  # positions of x among all of them
+        causal = keys[None, :] <= queries[:, None]  # (T, past + T)
+        # a padded position sees itself: a softmax over nothing would be NaN
+        own = keys[None, :] == queries[:, None]
+        mask = (causal & valid[:, None, None, :]) | own  # (B, 1, T, past + T)
+        rope = rotary(queries, self.head_width)
+        for i, block in enumerate(self.blocks):
+            x = block(x, mask, rope, caches[i] if caches is not None else None)
+        return self.norm(x)
+
+    def new_caches(self) -> list[list]:
+        return [[] for _ in self.blocks]
+
+
+# ------------------------------------------------------------------------------------------- DiT
+
+
+def sincos_2d(side: int, width: int) -> Tensor:
+    """Fixed 2-D sine-cosine positions of a square grid: (side * side, width), float32."""
+    cos, sin = rotary(torch.arange(side), width // 2)
+    axis = torch.cat([sin, cos], dim=1)  # (side, width / 2)
+    rows, columns = axis.repeat_interleave(side, 0), axis.repeat(side, 1)  # two of (N, width / 2)
+    return torch.cat([rows, columns], dim=1)
+
+
+class DiTBlock(nn.Module):
+    """adaLN-Zero block (DiT, section 3.2): self-attention, cross-attention if asked for, MLP."""
+
+    def __init__(self, width: int, heads: int, cross: bool):
+        super().__init__()
+        self.attention = Attention(width, heads)
+        self.cross = Attention(width, heads) if cross else None
+        self.mlp = SwiGLU(width)
+        self.modulation = nn.Linear(width, (9 if cross else 6) * width)
+
+    def forward(self, x: Tensor, time: Tensor, cond: Tensor | None) -> Tensor:
+        """(B, N, D), (B, D), (P, M, D) -> (B, N, D); the K draws of a prompt are neighbours."""
+        mods = list(self.modulation(time)[:, None].chunk(9 if self.cross else 6, dim=-1))
+        x = x + mods[0] * self.attention(modulate(x, *mods[1:3]))
+        if self.cross is not None:
+            # all draws of a prompt look at its M tokens at once: keys and values are made once
+            h = rearrange(modulate(x, *mods[7:9]), "(p k) n d -> p (k n) d", p=len(cond))
+            h = rearrange(self.cross(h, cond), "p (k n) d -> (p k) n d", n=x.shape[1])
+            x = x + mods[6] * h
+        return x + mods[3] * self.mlp(modulate(x, *mods[4:6]))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+
+
+class DiT(nn.Module):
+    """Diffusion transformer over a square grid of N vectors; one class for every flow head.
+
+    patch      groups patch x patch neighbours of the grid into one token
+    condition  "cross": tokens in any order, read by cross-attention (the queries' states);
+               "grid": vectors on a square grid of their own, resized to the token grid and added,
+               for a decoder whose condition lies where the pixels lie
+    predicts   "x" (data) or "v" (velocity); see `velocity`
+    """
+
+    def __init__(
+        self, tokens: int, channels: int, cond_channels: int, width: int, depth: int, heads: int,
+        patch: int = 1, condition: str = "cross", predicts: str = "x",
+    ):
+        super().__init__()
+        side = math.isqrt(tokens)
+        if side * side != tokens or side % patch:
+            raise ValueError(f"{tokens} tokens are no square grid divisible by patch {patch}")
+        self.shape, self.patch = (tokens, channels), patch
+        self.condition, self.predicts = condition, predicts
+        self.embed = nn.Linear(channels * patch**2, width)
+        self.time = mlp(256, width, width)
+        self.cond_embed = nn.Sequential(nn.Linear(cond_channels, width), nn.RMSNorm(width))
+        self.pooled = nn.Linear(width, width)
+        cross = condition == "cross"
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, cross) for _ in range(depth))
+        self.modulation = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, channels * patch**2)
+        self.register_buffer("positions", sincos_2d(side // patch, width), persistent=False)
+        # adaLN-Zero: every block is the identity and the prediction 0, whatever the defaults did
+        for layer in [self.modulation, self.out, *(block.modulation for block in self.blocks)]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        """x (B, N, C) at times t (B,), condition (P, M, L) with B = P K -> (B, N, C)."""
+        draws = len(x) // len(cond)
+        side = math.isqrt(x.shape[1]) // self.patch
+        h = rearrange(
+            x, "b (r p c q) ch -> b (r c) (p q ch)", r=side, c=side, p=self.patch, q=self.patch
+        )
+        cond = self.cond_embed(cond)  # (P, M, D)
+        pooled = self.pooled(cond.mean(1)).repeat_interleave(draws, 0)
+        time = F.silu(self.time(timestep_features(t)) + pooled)
+        h = self.embed(h) + self.positions
+        if self.condition == "grid":
+            h = h + resize_grid(cond, h.shape[1]).repeat_interleave(draws, 0)
+        for block in self.blocks:
+            h = block(h, time, cond)
+        h = self.out(modulate(h, *self.modulation(time)[:, None].chunk(2, dim=-1)))
+        return rearrange(
+            h, "b (r c) (p q ch) -> b (r p c q) ch", r=side, c=side, p=self.patch, q=self.patch
+        )
+
+
+def timestep_features(t: Tensor) -> Tensor:
+    """Sine-cosine features of times in [0, 1]: (B,) -> (B, 256), in float32."""
+    return torch.cat(rotary(t * 1000, 256), dim=-1)
+
+
+def resize_grid(grid: Tensor, tokens: int) -> Tensor:
+    """A square grid of vectors at another resolution, nearest: (B, M, D) -> (B, tokens, D)."""
+    old, new = math.isqrt(grid.shape[1]), math.isqrt(tokens)
+    if old == new:
+        return grid
+    grid = rearrange(grid, "b (r c) d -> b d r c", r=old)
+    return rearrange(F.interpolate(grid, size=(new, new)), "b d r c -> b (r c) d")
+
+
+# --------------------------------------------------------------------------------- flow matching
+
+
+def velocity(dit: nn.Module, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    """The velocity that `dit` stands for: (B, N, C), (B,), (P, M, L) -> (B, N, C).
+
+    If it predicts the data x, the velocity is (x - x_t) / (1 - t); the floor of 0.05 keeps the
+    loss finite at t = 1, and loss and sampler share it, so that it costs no bias.
+    """
+    out = dit(x_t, t, cond)
+    if dit.predicts == "v":
+        return out
+    return (out - x_t) / (1 - t).clamp_min(0.05)[:, None, None]
+
+
+def flow_loss(
+    dit: nn.Module, x: Tensor, cond: Tensor, draws: int = 1, shift: float = 1.0,
+    noise: Tensor | None = None, t: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Flow matching (paper, section 3.2): the mean of |velocity(x_t) - (x - noise)|^2.
+
+    x_t = (1 - t) noise + t x: data (P, N, C), condition (P, M, L) -> losses (B,), times (B,),
+    with B = P draws. noise (B, N, C) and t (B,) are drawn unless given.
+    """
+    x = repeat(x, "p n c -> (p k) n c", k=draws)
+    if noise is None:
+        noise = torch.randn_like(x)
+    if t is None:
+        t = shift_time(torch.sigmoid(torch.randn(len(x), device=x.device)), shift)
+    x_t = torch.lerp(noise, x, t[:, None, None])
+    error = velocity(dit, x_t, t, cond) - (x - noise)
+    return error.float().square().mean((1, 2)), t
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Moves times towards the noise (shift > 1), which large grids need (SD3, RAE): [0,1]->[0,1].
+
+    With s = 1 - t the share of noise: s' = shift s / (1 + (shift - 1) s).
+    """
+    s = 1 - t
+    return 1 - shift * s / (1 + (shift - 1) * s)
+
+
+@torch.no_grad()
+def sample_flow(
+    dit: nn.Module, noise: Tensor, cond: Tensor, null: Tensor | None = None, steps: int = 10,
+    guidance: float = 1.0, shift: float = 1.0, heun: bool = False,
+) -> Tensor:
+    """Integrates dx/dt = velocity from t = 0 to t = 1: noise (B, N, C), cond (B, M, L) -> data.
+
+    Guidance is u + s (c - u) with u under the `null` condition (zeros if None); s = 1 is off and
+    costs nothing. Heun takes two evaluations a step, and one at the last, where t = 1 - step.
+    """
+    null = torch.zeros_like(cond) if null is None else null
+
+    def field(x: Tensor, t: Tensor) -> Tensor:
+        t = t.expand(len(x))
+        if guidance == 1:
+            return velocity(dit, x, t, cond)
+        both = velocity(dit, torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, null]))
+        c, u = both.chunk(2)  # two of (B, N, C)
+        return u + guidance * (c - u)
+
+    times = shift_time(torch.linspace(0, 1, steps + 1, device=noise.device), shift)
+    x = noise
+    for i, (t, after) in enumerate(zip(times[:-1], times[1:])):
+        v = field(x, t)
+        if heun and i < steps - 1:
+            v = (v + field(x + (after - t) * v, after)) / 2
+        x = x + (after - t) * v
+    return x
+
+
+# ------------------------------------------------------------------------- pictures and features
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """uint8 pictures (B, S, S, 3) -> floats in [-1, 1] (B, 3, S, S)."""
+    return rearrange(images, "b h w c -> b c h w").float() / 127.5 - 1
+
+
+def to_images(pixels: Tensor) -> Tensor:
+    """Inverse of `to_pixels`, rounded and clamped: (B, 3, S, S) -> uint8 (B, S, S, 3)."""
+    images = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return rearrange(images, "b c h w -> b h w c")
+
+
+class Treatment(nn.Module):
+    """Fixed affine map of vectors to zero mean and unit variance, and back.
+
+    "standardise" scales each channel; "whiten" also turns to the principal axes and may keep only
+    the first `channels` of them. Flow matching needs data on the scale of its noise.
+    """
+
+    def __init__(self, raw_channels: int, channels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(raw_channels))
+        self.register_buffer("forth", torch.eye(raw_channels, channels))
+        self.register_buffer("back", torch.eye(channels, raw_channels))
+
+    def fit(self, raw: Tensor, mode: str = "standardise") -> None:
+        """Statistics of vectors (..., raw_channels), in float64 on the CPU."""
+        flat = raw.reshape(-1, raw.shape[-1]).cpu().double()  # (samples, raw_channels)
+        mean, channels = flat.mean(0), self.forth.shape[1]
+        axes, scale = torch.eye(flat.shape[1], dtype=torch.double), flat.std(0)
+        if mode == "whiten":
+            values, axes = torch.linalg.eigh(torch.cov(flat.T))
+            axes, scale = axes.flip(1), values.flip(0).clamp_min(0).sqrt()
+        axes, scale = axes[:, :channels], scale[:channels].clamp_min(1e-6)
+        self.mean.copy_(mean)
+        self.forth.copy_(axes / scale)
+        self.back.copy_((axes * scale).T)
+
+    def forward(self, raw: Tensor) -> Tensor:
+        return (raw - self.mean) @ self.forth
+
+    def inverse(self, treated: Tensor) -> Tensor:
+        return treated @ self.back + self.mean
+
+
+class ResidualConv(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(8, width)
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.second.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.silu(self.first(F.silu(self.norm(x)))))
+
+
+class VAE(nn.Module):
+    """Compact convolutional VAE, f = 4: pixels (B, 3, S, S) <-> latents (B, (S/4)^2, 4).
+
+    All convolutions run at a quarter of the resolution; folding 4 x 4 pixels into channels does
+    the rest, which is what makes it cheap.
+    """
+
+    factor = 4
+
+    def __init__(self, width: int, depth: int, channels: int = 4):
+        super().__init__()
+        folded = 3 * self.factor**2
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(self.factor),
+            nn.Conv2d(folded, width, 3, padding=1),
+            *(ResidualConv(width) for _ in range(depth)),
+            nn.Conv2d(width, 2 * channels, 3, padding=1),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1),
+            *(ResidualConv(width) for _ in range(depth)),
+            nn.Conv2d(width, folded, 3, padding=1),
+            nn.PixelShuffle(self.factor),
+        )
+
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_variance = self.encoder(pixels).chunk(2, dim=1)  # two of (B, C, S/4, S/4)
+        return mean, log_variance.clamp(-20, 10)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The mean of the posterior: (B, 3, S, S) -> (B, N, C)."""
+        return rearrange(self.moments(pixels)[0], "b c h w -> b (h w) c")
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, N, C) -> (B, 3, S, S)."""
+        side = math.isqrt(latents.shape[1])
+        return self.decoder(rearrange(latents, "b (h w) c -> b c h w", h=side))
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Losses of a batch: absolute and squared error, and the KL to a unit Gaussian."""
+        mean, log_variance = self.moments(pixels)
+        latents = mean + torch.randn_like(mean) * (log_variance / 2).exp()
+        error = self.decoder(latents) - pixels
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+        return {"l1": error.abs().mean(), "l2": error.square().mean(), "kl": kl.mean()}
+
+
+class TinyCLIP(nn.Module):
+    """Stand-in where pretrained weights can't be had: a timm ViT, contrastive against captions.
+
+    Its vectors are a narrow learned bottleneck of the tower's tokens. A contrastive loss alone
+    forgets what captions leave out, so that a small head must also rebuild each patch's pixels
+    from its vector: a departure from CLIP, which keeps such detail thanks to its scale.
+    """
+
+    def __init__(
+        self, side: int, tokens: int, channels: int, width: int, depth: int, heads: int,
+        vocabulary: int, noise: float,
+    ):
+        super().__init__()
+        patch = side // math.isqrt(tokens)
+        self.tower = timm.create_model(
+            "vit_tiny_patch16_224", img_size=side, patch_size=patch, embed_dim=width, depth=depth,
+            num_heads=heads, num_classes=0, class_token=False, global_pool="avg",
+        )
+        self.noise, self.patch = noise, patch
+        self.bottleneck = nn.Linear(width, channels)
+        self.image_head = mlp(channels, width, width)
+        self.pixel_head = mlp(channels, width, 3 * patch**2)
+        self.words = nn.Embedding(vocabulary, width)
+        self.text = Trunk(width, 2, heads)
+        self.text_head = nn.Linear(width, width, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(10.0).log())
+        nn.init.normal_(self.words.weight, std=0.5)
+
+    def vectors(self, pixels: Tensor) -> Tensor:
+        """The image's vectors, each of unit variance: (B, 3, S, S) -> (B, N, C)."""
+        tokens = self.bottleneck(self.tower.forward_features(pixels))
+        return F.layer_norm(tokens, tokens.shape[-1:])
+
+    def embed_images(self, vectors: Tensor) -> Tensor:
+        return F.normalize(self.image_head(vectors).mean(1), dim=-1)  # (B, D)
+
+    def embed_texts(self, ids: Tensor) -> Tensor:
+        states = self.text(self.words(ids), ids != PAD)
+        return F.normalize(self.text_head(states[:, -1]), dim=-1)  # (B, D)
+
+    def forward(self, pixels: Tensor, ids: Tensor, same: Tensor) -> dict[str, Tensor]:
+        """Losses of pictures (B, 3, S, S) and captions (B, T); same (B, B) marks equal captions."""
+        vectors = self.vectors(pixels)
+        vectors = vectors + self.noise * torch.randn_like(vectors)
+        scale = self.log_scale.exp().clamp(max=100)
+        logits = scale * self.embed_images(vectors) @ self.embed_texts(ids).T  # (B, B)
+        target = same / same.sum(1, keepdim=True)  # symmetric, so it serves both directions
+        contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        return {"contrastive": contrastive, "pixels": F.mse_loss(self.rebuild(vectors), pixels)}
+
+    def rebuild(self, vectors: Tensor) -> Tensor:
+        """The pixel head's picture, a blurred preview: (B, N, C) -> (B, 3, S, S)."""
+        side = math.isqrt(vectors.shape[1])
+        return rearrange(
+            self.pixel_head(vectors), "b (r k) (c p q) -> b c (r p) (k q)", r=side, c=3, p=self.patch
+        )
+
+
+# -------------------------------------------------------------------------------- the backbone
+
+
+class Unified(nn.Module):
+    """The backbone: reads text and image vectors, writes text, and turns a prompt into queries.
+
+    One causal transformer (paper, section 2): understanding puts an image's vectors before the
+    text; generation puts the learned queries after the prompt, whose last-layer states condition
+    the flow head.
+    """
+
+    def __init__(
+        self, vocabulary: int, tokens: int, channels: int, width: int, depth: int, heads: int
+    ):
+        super().__init__()
+        self.words = nn.Embedding(vocabulary, width)
+        self.projector = mlp(channels, width, width)
+        self.places = nn.Parameter(torch.randn(tokens, width) * 0.5)
+        self.queries = nn.Parameter(torch.randn(tokens, width) * 0.5)
+        self.trunk = Trunk(width, depth, heads)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        nn.init.normal_(self.words.weight, std=0.5)
+        nn.init.zeros_(self.head.weight)
+
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """All but the queries: what stays bit-frozen while generation is learned."""
+        return [p for name, p in self.named_parameters() if name != "queries"]
+
+    def embed(self, ids: Tensor, vectors: Tensor | None = None) -> Tensor:
+        """ids (B, T) and the vectors of a row's images (B, N, C) in order -> (B, T, D)."""
+        x = fill(self.words(ids), ids == QUERY, self.queries.expand(len(ids), -1, -1))
+        if vectors is None:
+            return x
+        return fill(x, ids == IMAGE, self.projector(vectors) + self.places)
+
+    def states(self, ids: Tensor, vectors: Tensor | None = None) -> Tensor:
+        return self.trunk(self.embed(ids, vectors), ids != PAD)  # (B, T, D)
+
+    def forward(self, ids: Tensor, learn: Tensor, vectors: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy of the tokens marked in learn (B, T), each from those before it."""
+        logits = self.head(self.states(ids, vectors)[:, :-1])  # (B, T - 1, V)
+        target = ids[:, 1:].masked_fill(~learn[:, 1:], -100)
+        return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten())
+
+    def query_states(self, ids: Tensor, vectors: Tensor | None = None) -> Tensor:
+        """States at the queries, which end every row: (P, T) -> (P, M, D).
+
+        The frozen prefix needs no gradient: it is read once into the caches, and the queries,
+        which are learned, follow. With a trainable backbone use `states`.
+        """
+        count = len(self.queries)
+        caches, valid = self.trunk.new_caches(), ids != PAD
+        with torch.no_grad():
+            self.trunk(self.embed(ids[:, :-count], vectors), valid[:, :-count], caches)
+        return self.trunk(self.queries.expand(len(ids), -1, -1), valid, caches)
+
+    @torch.no_grad()
+    def write(
+        self, ids: Tensor, vectors: Tensor | None = None, limit: int = 64,
+        temperature: float = 0.0, generator: torch.Generator | None = None,
+    ) -> list[list[int]]:
+        """Continues rows (B, T) that end in an open <bot> until <eos> or `limit` tokens."""
+        caches, valid = self.trunk.new_caches(), ids != PAD
+        x, written, done = self.embed(ids, vectors), [], torch.zeros(len(ids), dtype=torch.bool)
+        for _ in range(limit):
+            logits = self.head(self.trunk(x, valid, caches)[:, -1]).float().cpu()  # (B, V)
+            token = logits.argmax(-1)
+            if temperature > 0:
+                chances = (logits / temperature).softmax(-1)
+                token = torch.multinomial(chances, 1, generator=generator)[:, 0]
+            token = token.masked_fill(done, PAD)
+            done |= token == EOS
+            written.append(token.masked_fill(done, PAD))
+            if done.all():
+                break
+            token = token.to(ids.device)
+            x = self.words(token)[:, None]
+            valid = torch.cat([valid, (token != PAD)[:, None]], dim=1)
+        rows = torch.stack(written, dim=1).tolist()
+        return [[token for token in row if token != PAD] for row in rows]
+
+
+def fill(x: Tensor, slots: Tensor, values: Tensor) -> Tensor:
+    """Puts values (B, n, D), in order and again from the start, where slots (B, T) is true."""
+    order = (slots.cumsum(1) - 1).clamp_min(0) % values.shape[1]  # (B, T)
+    chosen = values.gather(1, order[..., None].expand(-1, -1, values.shape[-1]))
+    return torch.where(slots[..., None], chosen, x)
+
+
+# ------------------------------------------------------------------------------ the whole system
+
+
+class BLIP3o(nn.Module):
+    """All parts under one roof: CLIP tower, VAE, backbone, flow head, decoder, and statistics.
+
+    `config` has the fields of train.Config that are named below. With a named timm tower `clip`
+    is None: its features come with the prepared set, `raw_channels` wide.
+    """
+
+    def __init__(self, config, vocabulary: int, side: int, raw_channels: int | None = None):
+        super().__init__()
+        c, n, latents = config, config.tokens, (side // VAE.factor) ** 2
+        self.clip = None
+        if raw_channels is None:
+            self.clip = TinyCLIP(
+                side, n, c.channels, c.clip_width, c.clip_depth, c.clip_width // c.head_dim,
+                vocabulary, c.clip_noise,
+            )
+        self.treatment = Treatment(raw_channels or c.channels, c.channels)
+        self.vae = VAE(c.vae_width, c.vae_depth)
+        self.latent_treatment = Treatment(4, 4)
+        self.backbone = Unified(vocabulary, n, c.channels, c.width, c.depth, c.width // c.head_dim)
+        self.head = DiT(
+            n, c.channels, c.width, c.dit_width, c.dit_depth, c.dit_width // c.head_dim,
+            patch=c.dit_patch, predicts=c.predicts,
+        )
+        self.decoder = DiT(
+            latents, 4, c.channels, c.decoder_width, c.decoder_depth,
+            c.decoder_width // c.head_dim, patch=c.decoder_patch, condition="grid",
+        )
+
+    def see(self, images: Tensor) -> Tensor:
+        """Pictures (B, S, S, 3) uint8 -> treated vectors (B, N, C)."""
+        return self.treatment(self.clip.vectors(to_pixels(images)))
+
+    def imagine(self, ids: Tensor, noise: Tensor, **flow) -> Tensor:
+        """Prompts that end in the queries (B, T), noise (B, N, C) -> vectors (B, N, C)."""
+        return sample_flow(self.head, noise, self.backbone.query_states(ids), **flow)
+
+    def paint(self, vectors: Tensor, noise: Tensor, **flow) -> Tensor:
+        """Vectors (B, N, C), noise (B, n, 4) -> pictures (B, S, S, 3) uint8."""
+        latents = sample_flow(self.decoder, noise, vectors, **flow)
+        return to_images(self.vae.decode(self.latent_treatment.inverse(latents)))
