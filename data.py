@@ -20,7 +20,7 @@ import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import combinations, islice, permutations
 from pathlib import Path
 from typing import NamedTuple
@@ -40,14 +40,8 @@ from tqdm import tqdm
 SIDE = 64  # px
 BACKGROUND = (244, 244, 244)
 SHAPES = ("circle", "square", "triangle")
-COLORS = {
-    "red": (220, 45, 45),
-    "green": (50, 165, 70),
-    "blue": (50, 90, 220),
-    "yellow": (240, 215, 40),
-    "purple": (150, 60, 185),
-    "orange": (240, 125, 20),
-}
+COLORS = {"red": (220, 45, 45), "green": (50, 165, 70), "blue": (50, 90, 220)}
+COLORS |= {"yellow": (240, 215, 40), "purple": (150, 60, 185), "orange": (240, 125, 20)}
 HELD_OUT = {("triangle", "red"), ("square", "green"), ("circle", "purple")}
 SEEN = [(shape, color) for shape in SHAPES for color in COLORS if (shape, color) not in HELD_OUT]
 CATEGORIES = ("single", "two", "counting", "colors", "position", "attribution")
@@ -55,7 +49,6 @@ CATEGORIES = ("single", "two", "counting", "colors", "position", "attribution")
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 NUMBERS = ("zero", "one", "two", "three", "four")
 PALETTE = np.array(list(COLORS.values()), np.float32)
-COLOR_NAMES = tuple(COLORS)
 TALL = math.sqrt(3) / 2  # height of the triangle's bounding box divided by its width
 WINDOW = 30  # px, holds the largest object (26 px) and its soft edge
 
@@ -104,49 +97,37 @@ def make_prompt(objects, relation=None):
     return Prompt(text, category, tuple(objects), relation)
 
 
-def parse_prompt(text):
-    """The inverse of `make_prompt`: "two red triangles" -> Prompt. ValueError on other wording."""
-    color, shape = "|".join(COLORS), "|".join(SHAPES)
-    one = rf"an? (?:({color}) )?({shape})"
-    link = f"(and|{'|'.join(RELATIONS)})"
-    if match := re.fullmatch(rf"(two|three|four) (?:({color}) )?({shape})s", text):
-        prompt = make_prompt((match.group(3, 2),) * NUMBERS.index(match[1]))
-    elif match := re.fullmatch(rf"{one}(?: {link} {one})?", text):
-        objects = (match.group(2, 1), match.group(5, 4))[: 2 if match[3] else 1]
-        prompt = make_prompt(objects, match[3] if match[3] in RELATIONS else None)
-    if not match or prompt.text != text:
-        raise ValueError(f"cannot parse {text!r}: expected e.g. 'a red circle left of a square'")
-    return prompt
-
-
 def grammar(first, second):
     """All prompts that name one pair of `first`, or one of `first` and one of `second`."""
     couples = [(a, b) for a in first for b in second if a[0] != b[0] and (not a[1] or a[1] != b[1])]
     couples = list(dict.fromkeys(couples + [(b, a) for a, b in couples]))
     return {
-        "one": [make_prompt((pair,)) for pair in first],
+        "single": [make_prompt((pair,)) for pair in first],
         "counting": [make_prompt((pair,) * n) for n in (2, 3, 4) for pair in first],
-        "couple": [make_prompt(couple) for couple in couples],
+        "two": [make_prompt(couple) for couple in couples],
         "position": [make_prompt(couple, name) for couple in couples for name in RELATIONS],
     }
 
 
-PLAIN_PROMPTS = grammar([(shape, None) for shape in SHAPES], [(shape, None) for shape in SHAPES])
-SEEN_PROMPTS = grammar(SEEN, SEEN)
+PLAIN = [(shape, None) for shape in SHAPES]
+PLAIN_PROMPTS, SEEN_PROMPTS = grammar(PLAIN, PLAIN), grammar(SEEN, SEEN)
 HELD_PROMPTS = grammar(sorted(HELD_OUT), SEEN)
-TRAINING_PROMPTS = {
-    "single": PLAIN_PROMPTS["one"],
-    "two": PLAIN_PROMPTS["couple"],
-    "counting": PLAIN_PROMPTS["counting"],
-    "colors": SEEN_PROMPTS["one"],
-    "position": PLAIN_PROMPTS["position"],
-    "attribution": SEEN_PROMPTS["couple"],
-    "free": [Prompt("", "free", ((None, None),) * n) for n in (1, 2, 3, 4)],
-}
+NAMED = PLAIN + SEEN + sorted(HELD_OUT)
+ALL_PROMPTS = {p.text: p for prompts in grammar(NAMED, NAMED).values() for p in prompts}
+TRAINING_PROMPTS = {name: PLAIN_PROMPTS[name] for name in ("single", "two", "counting", "position")}
+TRAINING_PROMPTS |= {"colors": SEEN_PROMPTS["single"], "attribution": SEEN_PROMPTS["two"]}
+TRAINING_PROMPTS["free"] = [Prompt("", "free", ((None, None),) * n) for n in (1, 2, 3, 4)]
+
+
+def parse_prompt(text):
+    """The Prompt with this text, e.g. "two red triangles"; ValueError on any other wording."""
+    if text not in ALL_PROMPTS:
+        raise ValueError(f"cannot parse {text!r}: expected e.g. 'a red circle left of a square'")
+    return ALL_PROMPTS[text]
 
 
 def deal(prompts, count, rng):
-    """`count` prompts, balanced over relation, number and held-out pair; repeats if they run out."""
+    """`count` prompts balanced over relation, number and held-out pair; repeated if too few."""
     dealt, turn = Counter(), {}
     for prompt in (prompts[i] for i in rng.permutation(len(prompts))):
         held = tuple(pair for pair in prompt.objects if pair in HELD_OUT)
@@ -161,16 +142,15 @@ def eval_prompts():
     """ShapesEval: {"seen": 553, "heldout": 198, "composed": 198 prompts}, the same for ever."""
     rng = np.random.RandomState(0)  # the legacy generator, because its stream is frozen
     plain, seen = PLAIN_PROMPTS, SEEN_PROMPTS
-    counting = [[p for p in plain["counting"] if len(p.objects) == n] for n in (2, 3, 4)]
-    sets = {"seen": deal(plain["one"], 80, rng) + deal(plain["couple"], 99, rng)}
-    for prompts, count in zip(counting, (26, 28, 26)):
-        sets["seen"] += deal(prompts, count, rng)
-    sets["seen"] += deal(seen["one"], 94, rng) + deal(plain["position"], 100, rng)
-    sets["seen"] += deal(seen["couple"], 100, rng)
-    for name, kinds in (("heldout", HELD_PROMPTS), ("composed", SEEN_PROMPTS)):
-        shares = {"one": 48, "couple": 54, "counting": 48, "position": 48}
-        sets[name] = [p for kind, n in shares.items() for p in deal(kinds[kind], n, rng)]
-    return {name: [p[i] for i in rng.permutation(len(p))] for name, p in sets.items()}
+    parts = [(plain["single"], 80), (plain["two"], 99), (plain["position"], 100)]
+    parts += [(seen["single"], 94), (seen["two"], 100)]
+    for number, n in ((2, 26), (3, 28), (4, 26)):
+        parts.append(([p for p in plain["counting"] if len(p.objects) == number], n))
+    sets = {"seen": parts}
+    for name, kinds in (("heldout", HELD_PROMPTS), ("composed", seen)):
+        sets[name] = [(prompts, 54 if kind == "two" else 48) for kind, prompts in kinds.items()]
+    dealt = {name: [p for part in parts for p in deal(*part, rng)] for name, parts in sets.items()}
+    return {name: [p[i] for i in rng.permutation(len(p))] for name, p in dealt.items()}
 
 
 def category_prompts(rng, n):
@@ -249,7 +229,7 @@ def paint(images, rows, shape, centre, size, rgb):
     images[rows[:, None, None], pixel[:, :, None, 1], pixel[:, None, :, 0]] += change
 
 
-@lru_cache(maxsize=None)
+@cache
 def options(shape, color):
     """The (shape, color) pairs that an object may become: what is not named is never held out."""
     if shape and color:
@@ -299,34 +279,37 @@ def listing(parts):
     return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
-def long_caption(objects, rng):
+def say(names, rng):
+    """One of several ways to say one of these relations."""
+    return rng.choice(SAY[rng.choice(names)])
+
+
+def long_caption(objects, links, rng):
     """Names every object with its color, and relations between objects that are unique."""
     objects = rng.sample(objects, len(objects))
     shapes = Counter(o.shape for o in objects)
     pairs = Counter((o.shape, o.color) for o in objects)
     unique = [o for o in objects if pairs[o.shape, o.color] == 1]
-    facts = [(a, b, sorted(relation(a, b))) for a, b in combinations(unique, 2) if relation(a, b)]
+    facts = [(a, b, links[a, b]) for a, b in combinations(unique, 2) if links[a, b]]
     rng.shuffle(facts)
+    groups = []
+    for shape, n in shapes.items():
+        colors = {color: k for (name, color), k in pairs.items() if name == shape}
+        if len(colors) > 1 and rng.random() < 0.5:
+            each = listing([f"{NUMBERS[k]} {color}" for color, k in colors.items()])
+            groups.append(f"{noun(shape, None, n)}, {each}")
+        else:
+            groups += [noun(shape, color, k) for color, k in colors.items()]
     if len(objects) == 2 and facts and rng.random() < 0.5:
         a, b, names = facts.pop()
-        link = rng.choice(SAY[rng.choice(names)])
-        groups = [f"{noun(a.shape, a.color)} {link} {noun(b.shape, b.color)}"]
-    else:
-        groups = []
-        for shape, n in shapes.items():
-            colors = {color: k for (name, color), k in pairs.items() if name == shape}
-            if 1 < len(colors) and rng.random() < 0.5:
-                each = listing([f"{NUMBERS[k]} {color}" for color, k in colors.items()])
-                groups.append(f"{noun(shape, None, n)}, {each}")
-            else:
-                groups += [noun(shape, color, k) for color, k in colors.items()]
+        groups = [f" {say(names, rng)} ".join((noun(*a[:2]), noun(*b[:2])))]
     count = f"{NUMBERS[len(objects)]} shape{'s' if len(objects) > 1 else ''}"
     text = rng.choice(FRAMES).format(listing(groups), n=count)
     clauses = []
     for a, b, names in facts[: rng.randint(1, 2)]:
         short = [o.shape if shapes[o.shape] == 1 and rng.random() < 0.5 else "" for o in (a, b)]
         one, two = (name or f"{o.color} {o.shape}" for name, o in zip(short, (a, b)))
-        clauses.append(f"the {one} {rng.choice(SAY[rng.choice(names)])} the {two}")
+        clauses.append(f"the {one} {say(names, rng)} the {two}")
     return ", with ".join(filter(None, (text, " and ".join(clauses))))
 
 
@@ -341,175 +324,128 @@ def short_caption(prompt, objects, rng):
     return listing(list(dict.fromkeys(names)))
 
 
-def questions(objects, rng):
+def questions(objects, links, rng):
     """4 to 6 [question, answer] pairs with one right answer each; "is there" is balanced."""
-    shapes, colors = (Counter(getattr(o, key) for o in objects) for key in ("shape", "color"))
-    present = sorted({(o.shape, o.color) for o in objects})
-    absent = [pair for pair in SEEN if pair not in present]
-    asked = rng.sample([("yes", p) for p in present], 1) + [
-        ("no", p) for p in rng.sample(absent, 2)
-    ]
-    if len(present) > 1 and rng.random() < 0.5:
-        asked[2] = rng.choice([("yes", p) for p in present if p != asked[0][1]])
-    asked = rng.sample(asked, 2)
+    shapes, colors = (Counter(o[k] for o in objects) for k in (0, 1))
+    present = {o[:2] for o in objects}
+    asked = [("yes", pair) for pair in rng.sample(sorted(present), min(2, len(present)))]
+    asked += [("no", pair) for pair in rng.sample([p for p in SEEN if p not in present], 3)]
+    chosen = [(f"is there {noun(*pair)}?", answer) for answer, pair in (asked[0], asked[-1])]
     pool = [("how many objects are there?", NUMBERS[len(objects)])]
     pool += [(f"how many {shape}s are there?", NUMBERS[shapes[shape]]) for shape in SHAPES]
-    for o in objects:
-        if shapes[o.shape] == 1:
-            pool.append((f"what color is the {o.shape}?", o.color))
-        if colors[o.color] == 1:
-            pool.append((f"what shape is the {o.color} object?", o.shape))
-    single = [o for o in objects if shapes[o.shape] == 1]
-    for a, b in permutations(single, 2):
-        if len(names := relation(a, b)) == 1:
-            pool.append((f"where is the {a.shape} relative to the {b.shape}?", *names))
-    for o in single:
-        for name in RELATIONS:
-            there = [other for other in objects if other is not o and name in relation(other, o)]
-            if len(there) == 1:
-                pool.append(
-                    (f"what is {name} the {o.shape}?", f"{there[0].color} {there[0].shape}")
-                )
-    chosen = rng.sample(pool, min(len(pool), rng.randint(2, 4)))
-    chosen += [(f"is there {noun(*pair)}?", answer) for answer, pair in asked]
+    pool += [(f"what color is the {o.shape}?", o.color) for o in objects if shapes[o.shape] == 1]
+    lone = [o for o in objects if colors[o.color] == 1]
+    pool += [(f"what shape is the {o.color} object?", o.shape) for o in lone]
+    for (a, b), names in links.items():
+        if shapes[b.shape] > 1:
+            continue
+        if shapes[a.shape] == 1 and len(names) == 1:
+            pool.append((f"where is the {a.shape} relative to the {b.shape}?", names[0]))
+        for name in names:
+            if sum(name in links[c, b] for c in objects if c != b) == 1:
+                pool.append((f"what is {name} the {b.shape}?", f"{a.color} {a.shape}"))
+    chosen += rng.sample(pool, min(len(pool), rng.randint(2, 4)))
     return [list(pair) for pair in rng.sample(chosen, len(chosen))]
 
 
 def scene_texts(prompt, objects, seed, index):
     """The texts of training scene `index`: {"caption": str, "clean": str or None, "qa": pairs}."""
     rng = random.Random(seed * 1_000_003 + index)
+    links = {(a, b): sorted(relation(a, b)) for a, b in permutations(objects, 2)}
     long = rng.random() < 0.9
-    caption = long_caption(objects, rng) if long else short_caption(prompt, objects, rng)
-    return {"caption": caption, "clean": prompt.text or None, "qa": questions(objects, rng)}
+    caption = long_caption(objects, links, rng) if long else short_caption(prompt, objects, rng)
+    return {"caption": caption, "clean": prompt.text or None, "qa": questions(objects, links, rng)}
 
 
 # ---------------------------------------------------------------------------------- the checker
 
 SPECK = 12  # px2: what is larger counts as an object
-VIEW = 36  # px: no object that could be accepted is larger
 SURE, MARGIN = 0.86, 0.05  # the overlap that a template needs, and its lead over the second
+NEAR = 50  # greatest distance of a color from its palette entry
 
 
-def color_classes(images):
-    """uint8 (B, 64, 64, 3) -> palette index (B, 64, 64) of each pixel, -1 for background."""
-    rays = PALETTE - BACKGROUND
-    length = np.linalg.norm(rays, axis=-1)
-    offset = images.astype(np.float32) - BACKGROUND
-    along = offset @ (rays / length[:, None]).T  # (B, 64, 64, 6): px values towards each color
-    nearest = along.argmax(-1)
-    reach = along.max(-1)
-    alpha = reach / length[nearest]
+def color_masks(images):
+    """uint8 (B, 64, 64, 3) -> bool (B, 6, 64, 64): the pixels that belong to each color."""
+    rays = torch.from_numpy(PALETTE - np.float32(BACKGROUND))
+    offset = torch.from_numpy(images).float() - torch.tensor(BACKGROUND)
+    reach, nearest = (offset @ (rays / rays.norm(dim=1, keepdim=True)).T).max(-1)  # (B, 64, 64)
+    alpha = reach / rays.norm(dim=1)[nearest]
     # A pixel between two colors may look like a third: its neighbours decide, the purest loudest.
-    purity = np.clip(reach / np.maximum(np.linalg.norm(offset, axis=-1), 1) * 10 - 9, 0, 1)
-    weight = torch.from_numpy(np.clip(alpha, 0, 1) * purity)
-    votes = (torch.from_numpy(nearest)[:, None] == torch.arange(6)[:, None, None]) * weight[:, None]
-    votes = F.avg_pool2d(
-        F.avg_pool2d(votes, (5, 1), 1, (2, 0)), (1, 5), 1, (0, 2)
-    )  # (B, 6, 64, 64)
-    return np.where(alpha > 0.4, votes.argmax(1).numpy(), -1)
+    weight = alpha.clamp(0, 1) * (10 * reach / offset.norm(dim=-1).clamp(1) - 9).clamp(0, 1)
+    colors = torch.arange(len(PALETTE)).view(6, 1, 1)
+    votes = (nearest[:, None] == colors) * weight[:, None]  # (B, 6, 64, 64)
+    votes = F.avg_pool2d(F.avg_pool2d(votes, (5, 1), 1, (2, 0)), (1, 5), 1, (0, 2))
+    return (votes.argmax(1, keepdim=True) == colors) & (alpha > 0.4)[:, None]
 
 
-def components(classes):
-    """(B, H, W) -> labels (B, H, W), -1 = background: 8-connected regions of equal class."""
-    solid = classes >= 0
-    begins = solid & (classes != np.pad(classes, ((0, 0), (0, 0), (1, 0)))[..., :-1])
-    begins[..., 0] = solid[..., 0]
-    run = np.cumsum(begins).reshape(classes.shape) - 1  # the nodes are horizontal runs of a class
-    upper, lower = [], []
-    for dx in (-1, 0, 1):
-        here = np.s_[:, :-1, max(0, -dx) : classes.shape[2] - max(0, dx)]
-        there = np.s_[:, 1:, max(0, dx) : classes.shape[2] + min(0, dx)]
-        # Two runs that touch do so at the first pixel of one of them: few edges are enough.
-        linked = solid[here] & (classes[here] == classes[there]) & (begins[here] | begins[there])
-        upper.append(run[here][linked])
-        lower.append(run[there][linked])
-    upper, lower = np.concatenate(upper), np.concatenate(lower)
-    label, before = np.arange(begins.sum()), None
-    while not np.array_equal(label, before):
-        before = label.copy()
-        np.minimum.at(label, upper, label[lower])
-        np.minimum.at(label, lower, label[upper])
-        label = label[label]
-    label = np.unique(label, return_inverse=True)[1]
-    return np.where(solid, label[run] if len(label) else -1, -1)
+def regions(masks):
+    """bool (P, 64, 64) -> plane index (n,) and bool (n, 64, 64) of each 8-connected region."""
+    label = torch.arange(1.0, SIDE * SIDE + 1).view(SIDE, SIDE) * masks
+    before = None
+    while before is None or not torch.equal(label, before):
+        before = label
+        for _ in range(8):  # every pixel takes the greatest label next to it
+            label = F.max_pool2d(label[:, None], 3, 1, 1)[:, 0] * masks
+    key = torch.arange(len(masks)).view(-1, 1, 1) * 8192 + label.long()
+    keys, area = key[masks].unique(return_counts=True)
+    keys = keys[area > SPECK]
+    return keys // 8192, key[keys // 8192] == keys[:, None, None]
 
 
 def grow(mask):
-    """Dilates boolean masks (n, H, W) by one pixel in all eight directions."""
-    return F.max_pool2d(torch.from_numpy(mask)[:, None].float(), 3, 1, 1)[:, 0].numpy() > 0
+    """Dilates bool (n, H, W) by one pixel in all eight directions."""
+    return F.max_pool2d(mask[:, None].float(), 3, 1, 1)[:, 0] > 0
 
 
-def fit_objects(view, own, taken, low):
-    """What each component is: a list of Object, or None where no template and color fit.
+def fit_objects(images, own, taken):
+    """The Object that each region is, or None where no template or color fits.
 
-    view (n, VIEW, VIEW, 3) are its surroundings, `own` its pixels, `taken` those of others;
-    low (n, 2) is the corner of its bounding box in the picture; the view starts at low - 2.
+    images float (n, 64, 64, 3); own, taken bool (n, 64, 64): the region and all others.
     """
     inner = ~grow(~own)
-    inner[~inner.any((1, 2))] = own[~inner.any((1, 2))]
-    pixels = np.where(inner[..., None], view, np.nan).reshape(len(view), -1, 3)
-    color = torch.from_numpy(pixels).nanmedian(1).values.numpy()  # (n, 3)
-    ray = color - BACKGROUND
-    alpha = ((view - BACKGROUND) * ray[:, None, None]).sum(-1)  # (n, VIEW, VIEW)
-    alpha = np.clip(alpha / np.maximum((ray * ray).sum(-1), 1)[:, None, None], 0, 1)
-    alpha *= grow(own) & ~taken
-    area = alpha.sum((1, 2))
-    grid = np.arange(VIEW) + 0.5
-    x, y = (alpha.sum(1) * grid).sum(1) / area, (alpha.sum(2) * grid).sum(1) / area
+    inner = torch.where(inner.any(2).any(1).view(-1, 1, 1), inner, own)
+    color = torch.stack([image[mask].median(0).values for image, mask in zip(images, inner)])
+    ray = color - torch.tensor(BACKGROUND)
+    alpha = torch.einsum("nhwc,nc->nhw", images - torch.tensor(BACKGROUND), ray)
+    alpha = (alpha / ray.square().sum(1).clamp(1).view(-1, 1, 1)).clamp(0, 1)
+    alpha = (alpha * (grow(own) & ~taken)).numpy()
+    area, grid = alpha.sum((1, 2)) + 1e-6, np.arange(SIDE, dtype=np.float32) + 0.5
+    x, y = (alpha.sum(1) @ grid) / area, (alpha.sum(2) @ grid) / area
     scores, boxes = [], []
     for shape, filled in (("circle", math.pi / 4), ("square", 1), ("triangle", TALL / 2)):
         # Area and centroid survive blur; the tips of a triangle, and so its box, do not.
         w = np.sqrt(area / filled)
         h = w * TALL if shape == "triangle" else w
-        box = np.stack([x, y - h / 6 if shape == "triangle" else y, w, h], -1)  # (n, 4)
-        dx, dy = (grid - box[:, k, None] for k in (0, 1))
+        boxes.append(np.stack([x, y - h / 6 if shape == "triangle" else y, w, h], -1))  # (n, 4)
+        dx, dy = (grid - boxes[-1][:, k, None] for k in (0, 1))
         template = coverage(shape, dx[:, None], dy[:, :, None], w[:, None, None])
         overlap = np.minimum(alpha, template).sum((1, 2)) / np.maximum(alpha, template).sum((1, 2))
         scores.append(overlap)
-        boxes.append(box + np.pad(low - 2, ((0, 0), (0, 2))))
-    order = np.sort(scores, 0)
+    second, best = np.sort(scores, 0)[1:]
     shape = np.argmax(scores, 0)
-    box = np.stack(boxes)[shape, np.arange(len(view))]
-    apart = np.linalg.norm(color[:, None] - PALETTE, axis=-1)  # (n, 6)
-    good = (order[-1] >= SURE) & (order[-1] - order[-2] >= MARGIN) & (apart.min(1) <= 50)
+    box = np.stack(boxes)[shape, np.arange(len(own))]
+    apart = np.linalg.norm(color.numpy()[:, None] - PALETTE, axis=-1)  # (n, 6)
+    good = (best >= SURE) & (best - second >= MARGIN) & (apart.min(1) <= NEAR)
     good &= (box[:, 2] >= 11) & (box[:, 2] <= 30)
-    return [
-        Object(SHAPES[s], COLOR_NAMES[c], *place) if fine else None
-        for s, c, place, fine in zip(shape, apart.argmin(1), box.tolist(), good)
-    ]
+    names = [(SHAPES[s], list(COLORS)[c]) for s, c in zip(shape, apart.argmin(1))]
+    return [Object(*n, *b) if fine else None for n, b, fine in zip(names, box.tolist(), good)]
 
 
 def find_objects(images):
     """uint8 (B, 64, 64, 3) -> for each picture the Objects in it; None = a region of more than
     12 px2 that no template fits. Exact geometry, nothing learned."""
-    found = []
-    for start in range(0, len(images), 128):  # bounds the memory
-        block = images[start : start + 128]
-        labels = components(color_classes(block))
-        which, ys, xs = np.nonzero(labels >= 0)
-        order = np.argsort(labels[which, ys, xs], kind="stable")
-        which, ys, xs = which[order], ys[order], xs[order]
-        begin = np.flatnonzero(np.diff(labels[which, ys, xs], prepend=-1))
-        area = np.diff(begin, append=len(order))
-        spot = np.stack([xs, ys], -1)
-        low, high = (
-            f.reduceat(spot, begin) if len(begin) else spot for f in (np.minimum, np.maximum)
-        )
-        owner = which[begin]
-        small = (high - low).max(-1, initial=0) <= VIEW - 5
-        fit = np.flatnonzero((area > SPECK) & small)
-        rest = np.flatnonzero((area > SPECK) & ~small)
-        padding = ((0, 0), (2, VIEW), (2, VIEW))
-        image = np.pad(block.astype(np.float32), (*padding, (0, 0)), constant_values=BACKGROUND[0])
-        label = np.pad(labels, padding, constant_values=-1)
-        reach = low[fit][:, None] + np.arange(VIEW)[:, None]  # (n, VIEW, 2), in the padded picture
-        at = (owner[fit][:, None, None], reach[:, :, None, 1], reach[:, None, :, 0])
-        own = label[at] == fit[:, None, None]
-        objects = fit_objects(image[at], own, (label[at] >= 0) & ~own, low[fit])
-        lists = [[] for _ in block]
-        for index, item in [*zip(fit, objects), *((index, None) for index in rest)]:
-            lists[owner[index]].append(item)
-        found += lists
+    found = [[] for _ in images]
+    for start in range(0, len(images), 64):  # bounds the memory
+        block = images[start : start + 64]
+        masks = color_masks(block)
+        picture, color = masks.any(3).any(2).nonzero(as_tuple=True)
+        plane, own = regions(masks[picture, color])
+        if len(plane):
+            owner = picture[plane]
+            taken = masks.any(1)[owner] & ~own
+            view = torch.from_numpy(block).float()[owner]
+            for index, item in zip(owner.tolist(), fit_objects(view, own, taken)):
+                found[start + index].append(item)
     return found
 
 
@@ -528,9 +464,9 @@ def judge(prompt, found, strict=True):
     if prompt.category == "counting":
         return sum(bool(fits(prompt.objects[0], o)) for o in found) == len(prompt.objects)
     for chosen in permutations(found, len(prompt.objects)):
-        if all(fits(pair, item) for pair, item in zip(prompt.objects, chosen)):
-            if not prompt.relation or prompt.relation in relation(*chosen):
-                return True
+        named = all(fits(pair, item) for pair, item in zip(prompt.objects, chosen))
+        if named and (not prompt.relation or prompt.relation in relation(*chosen)):
+            return True
     return False
 
 
@@ -538,7 +474,7 @@ def judge(prompt, found, strict=True):
 
 
 class Tower(nn.Module):
-    """A frozen timm image model: float (B, 3, side, side) in 0..1 -> patch tokens (B, tokens, C)."""
+    """A frozen timm model: float (B, 3, side, side) in 0..1 -> patch tokens (B, tokens, C)."""
 
     def __init__(self, model, tokens, mean, std):
         super().__init__()
@@ -566,14 +502,6 @@ def pool_tokens(tokens, n):
     return F.adaptive_avg_pool2d(grid, target).flatten(2).transpose(1, 2)  # (B, n, C)
 
 
-def tower_side(name):
-    """The px at which a tower runs: the multiple of 8 patches that lies nearest to 224."""
-    patch = re.search(r"patch(\d+)", name)
-    if not patch or not timm.is_model(name.split(".")[0]):
-        raise ValueError(f"tower {name!r} is unknown: expected a timm ViT, e.g. {EXAMPLE_TOWER}")
-    return 8 * int(patch[1]) * max(1, round(224 / (8 * int(patch[1]))))
-
-
 EXAMPLE_TOWER = "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m"
 
 
@@ -583,7 +511,11 @@ def open_tower(name, tokens=64, weights=None):
     weights: None = timm's own from the hub, a file of them, or "untrained" (for tests).
     ValueError where the name, the file or the network does not give the tower that was asked for.
     """
-    side = tower_side(name)
+    patch = re.search(r"patch(\d+)", name)
+    if not patch or not timm.is_model(name.split(".")[0]):
+        raise ValueError(f"tower {name!r} is unknown: expected a timm ViT, e.g. {EXAMPLE_TOWER}")
+    eight = 8 * int(patch[1])  # the grid is a multiple of 8 patches, the side near 224 px
+    side = eight * max(1, round(224 / eight))
     config = timm.models.get_pretrained_cfg(name)
     tag = name.partition(".")[2] or (config.tag if config else "")
     native = tag.startswith(("openai", "metaclip", "dfn")) and "_clip_" in name
@@ -607,10 +539,8 @@ def open_tower(name, tokens=64, weights=None):
 # ---------------------------------------------------------------------------------- real photos
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
-MAX_BYTES = 64 * 2**20
-MAX_PIXELS = 40_000_000
-MIN_SIDE = 8  # px
-MAX_ASPECT = 3
+MAX_BYTES, MAX_PIXELS = 64 * 2**20, 40_000_000
+MIN_SIDE, MAX_ASPECT = 8, 3  # px; the longer side divided by the shorter
 
 
 def expand_sources(sources):
@@ -660,80 +590,69 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def tar_samples(path, dropped):
-    """(key, image bytes, caption bytes) of each whole sample in a tar, in one streaming pass."""
-    key, sample, seen = None, {}, set()
-    try:
+def entries(path):
+    """(name, size, function that reads it) of each file in a tar, a table's rows or a folder."""
+    if os.path.isdir(path):
+        for file in sorted(Path(path).rglob("*")):
+            if file.is_file():
+                yield str(file), file.stat().st_size, file.read_bytes
+    elif path.endswith(".tsv"):
+        with open(path, "rb") as table:  # not csv, which merges rows that begin with a quote
+            for number, line in enumerate(table):
+                caption, _, name = line.rstrip(b"\r\n").partition(b"\t")
+                image = Path(path).parent / os.fsdecode(name)
+                yield f"{number}.txt", len(caption), io.BytesIO(caption).read
+                if image.is_file():
+                    yield f"{number}{image.suffix}", image.stat().st_size, image.read_bytes
+    else:
         with tarfile.open(path, "r|*") as shard:
             for member in shard:
                 shard.members = []  # tarfile remembers every member otherwise
-                folder, name = os.path.split(member.name)
-                stem, _, kind = name.partition(".")
-                kind = "image" if kind.lower() in IMAGE_KINDS else kind.lower()
-                if not member.isfile() or not stem or kind not in ("image", "txt"):
-                    continue
-                if (folder, stem) != key:
-                    yield from whole_sample(key, sample, dropped)
-                    key, sample = (folder, stem), {}
-                if kind in sample or (*key, kind) in seen:
-                    dropped["duplicate key"] += kind == "image"
-                    continue
-                seen.add((*key, kind))
-                large = member.size > MAX_BYTES
-                sample[kind] = None if large else shard.extractfile(member).read()
-                if not large and len(sample[kind]) < member.size:
-                    raise tarfile.ReadError("unexpected end of data")
+                if member.isfile():
+                    yield member.name, member.size, shard.extractfile(member).read
+
+
+def raw_samples(path, dropped):
+    """(key, {"image": bytes, "txt": bytes}) of neighbouring files of one name; None = too large."""
+    key, parts, seen = None, {}, set()
+    try:
+        for name, size, read in entries(path):
+            stem, _, kind = os.path.basename(name).partition(".")
+            kind = "image" if kind.lower() in IMAGE_KINDS else kind.lower()
+            if not stem or kind not in ("image", "txt"):
+                continue
+            if (own := os.path.join(os.path.dirname(name), stem)) != key:
+                if parts:
+                    yield key, parts
+                seen.add(key)
+                key, parts = own, {}
+            if kind in parts or key in seen:
+                dropped["duplicate key"] += kind == "image"
+                continue
+            data = read() if size <= MAX_BYTES else None
+            if data is not None and len(data) < size:
+                raise EOFError
+            parts[kind] = data
     except (tarfile.TarError, EOFError, OSError, zlib.error):
         dropped["truncated shard"] += 1
-        if len(sample) < 2 or key is None:
-            return
-    yield from whole_sample(key, sample, dropped)
+        parts = parts if len(parts) == 2 else {}
+    if parts:
+        yield key, parts
 
 
-def whole_sample(key, sample, dropped):
-    """Yields the sample if it has both its parts, else counts what is missing."""
-    if key is None or not sample:
-        return
-    if None in sample.values():
-        dropped[f"a file over {MAX_BYTES // 2**20} MB"] += 1
-    elif "image" not in sample:
-        dropped["caption without image"] += 1
-    elif "txt" not in sample:
-        dropped["missing caption"] += 1
-    else:
-        yield os.path.join(*key), sample["image"], sample["txt"]
-
-
-def file_samples(pairs, dropped):
-    """(image path, caption bytes or text path) pairs -> (key, image bytes, caption bytes)."""
-    for image, caption in pairs:
-        sample = {}
-        for kind, source in (("image", image), ("txt", caption)):
-            if isinstance(source, bytes):
-                sample[kind] = source
-            elif source.is_file():
-                sample[kind] = source.read_bytes() if source.stat().st_size <= MAX_BYTES else None
-        yield from whole_sample((str(image),), sample, dropped)
-
-
-def table_pairs(path, dropped):
-    """Rows `caption<TAB>path` of a .tsv; the csv module would merge rows that begin with a quote."""
-    with open(path, "rb") as file:
-        for line in file:
-            fields = line.rstrip(b"\r\n").split(b"\t")
-            if len(fields) == 2:
-                yield Path(path).parent / os.fsdecode(fields[1]), fields[0]
-            else:
-                dropped["row without caption and path"] += 1
-
-
-def folder_pairs(path):
-    """(image, its .txt) of all images below a folder, and captions that have no image."""
-    files = sorted(file for file in Path(path).rglob("*") if not file.name.startswith("."))
-    images = [file for file in files if file.suffix.lower()[1:] in IMAGE_KINDS]
-    owned = {file.with_suffix(".txt") for file in images}
-    alone = [file for file in files if file.suffix == ".txt" and file not in owned]
-    return [(file, file.with_suffix(".txt")) for file in images + alone if file]
+def open_sample(parts):
+    """{"image": bytes, "txt": bytes} -> RGB image, caption; ValueError with the reason to drop."""
+    if None in parts.values():
+        raise ValueError(f"file over {MAX_BYTES // 2**20} MB")
+    if len(parts) < 2:
+        raise ValueError("missing caption" if "image" in parts else "missing image")
+    try:
+        caption = " ".join(parts["txt"].decode("utf-8-sig").split())
+    except UnicodeDecodeError as error:
+        raise ValueError("caption is not UTF-8") from error
+    if not caption:
+        raise ValueError("empty caption")
+    return decode_image(parts["image"]), caption
 
 
 def read_samples(sources, dropped):
@@ -742,24 +661,13 @@ def read_samples(sources, dropped):
     What is wrong with a sample drops it and is counted by reason in `dropped`, a Counter.
     """
     for path in expand_sources(sources):
-        if os.path.isdir(path):
-            samples = file_samples(folder_pairs(path), dropped)
-        elif path.endswith(".tsv"):
-            samples = file_samples(table_pairs(path, dropped), dropped)
-        else:
-            samples = tar_samples(path, dropped)
-        for key, data, caption in samples:
+        for key, parts in raw_samples(path, dropped):
             try:
-                text = " ".join(caption.decode("utf-8-sig").split())
-                if not text:
-                    raise ValueError("empty caption")
-                image = decode_image(data)
-            except UnicodeDecodeError:
-                dropped["caption is not UTF-8"] += 1
+                sample = open_sample(parts)
             except ValueError as error:
                 dropped[str(error)] += 1
             else:
-                yield key, image, text
+                yield key, *sample
 
 
 def square(image, side):
@@ -774,35 +682,6 @@ FORMAT = 1  # of the folder; raise it when an older folder must not be read
 CHUNK = 1000  # scenes between two commits
 
 
-class Column:
-    """One .npy file that grows: rows are appended raw, the header is written when it closes."""
-
-    HEADER = 128  # bytes, what numpy writes for short shapes
-
-    def __init__(self, path, dtype, shape, rows=0):
-        self.dtype, self.shape, self.rows = np.dtype(dtype), shape, rows
-        self.file = open(path, "r+b" if rows else "w+b")
-        self.file.truncate(self.HEADER + rows * self.dtype.itemsize * math.prod(shape))
-        self.file.seek(0, os.SEEK_END)
-
-    def append(self, array):
-        """Adds rows (n, *shape)."""
-        self.file.write(np.ascontiguousarray(array, self.dtype).tobytes())
-        self.rows += len(array)
-
-    def close(self):
-        """Writes the header; from here on numpy can open the file."""
-        self.file.seek(0)
-        header = {
-            "descr": self.dtype.str,
-            "fortran_order": False,
-            "shape": (self.rows, *self.shape),
-        }
-        np.lib.format.write_array_header_1_0(self.file, header)
-        assert self.file.tell() == self.HEADER, self.file.tell()
-        self.file.close()
-
-
 def write_json(path, value):
     """Writes JSON whole or not at all."""
     temporary = Path(f"{path}.part")
@@ -812,69 +691,72 @@ def write_json(path, value):
 
 def is_finished(out, settings):
     """True for a finished set with these settings; ValueError where others lie in the folder."""
-    for name in ("meta.json", "progress.json"):
-        if (Path(out) / name).is_file():
-            old = json.loads((Path(out) / name).read_text(encoding="utf-8"))["settings"]
-            names = [key for key in {**old, **settings} if old.get(key) != settings.get(key)]
-            if names:
-                is_, asked = (", ".join(f"{k} {s.get(k)}" for k in names) for s in (old, settings))
+    for path in (Path(out) / "meta.json", Path(out) / "progress.json"):
+        if path.is_file():
+            old = json.loads(path.read_text(encoding="utf-8"))["settings"]
+            wrong = [f"{k} {old.get(k)}, not {v}" for k, v in settings.items() if old.get(k) != v]
+            if wrong:
                 advice = "choose another --out, or delete the folder"
-                raise ValueError(f"{out} was prepared with {is_}, not {asked}: {advice}")
-            if name == "meta.json":
-                print(f"{out}: already prepared, reused")
-                return True
+                raise ValueError(f"{out} was prepared with {', '.join(wrong)}: {advice}")
+    if (Path(out) / "meta.json").is_file():
+        print(f"{out}: already prepared, reused")
+        return True
     return False
 
 
 class SetWriter:
-    """Writes a prepared set row by row; what was committed survives a kill."""
+    """Writes a prepared set row by row; what was committed survives a kill.
 
-    def __init__(self, out, settings, size, features=None, width=0):
-        self.out, self.settings = Path(out), settings
+    Each array is a growing .npy file: rows are appended raw, the header is filled in at the end.
+    """
+
+    HEADER = 128  # bytes, what numpy writes for short shapes
+
+    def __init__(self, out, settings):
+        self.out, path = Path(out), Path(out) / "progress.json"
         self.out.mkdir(parents=True, exist_ok=True)
-        path = self.out / "progress.json"
-        empty = {"units": 0, "rows": {}, "dropped": {}}
-        self.state = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else empty
-        self.dropped = Counter(self.state["dropped"])
-        kinds = {"images": ("u1", (size, size, 3)), "text": ("u1", ()), "text_index": ("<i8", ())}
-        if features:
-            kinds[features] = ("<f2", (settings["tokens"], width))
-        rows = self.state["rows"]
-        self.columns = {
-            name: Column(self.out / f"{name}.npy", *kind, rows.get(name, 0))
-            for name, kind in kinds.items()
-        }
-        self.features = features
+        self.state = {"settings": settings, "units": 0, "arrays": {}, "dropped": {}}
+        if path.is_file():
+            self.state = json.loads(path.read_text(encoding="utf-8"))
+        self.dropped = self.state["dropped"] = Counter(self.state["dropped"])
+        self.arrays = self.state["arrays"]  # name -> [dtype, shape]
+        for name, (dtype, shape) in self.arrays.items():
+            size = math.prod(shape) * np.dtype(dtype).itemsize
+            os.truncate(self.out / f"{name}.npy", self.HEADER + size)
 
-    def append(self, images, texts, features=None):
-        """Adds n samples: uint8 (n, S, S, 3), n dicts, features (n, tokens, C) or None."""
+    def append(self, texts, arrays):
+        """Adds n samples: n dicts, and {name: array (n, ...)}."""
         lines = [json.dumps(text, ensure_ascii=False).encode() + b"\n" for text in texts]
-        ends = self.columns["text"].rows + np.cumsum([len(line) for line in lines])
-        self.columns["images"].append(images)
-        self.columns["text"].append(np.frombuffer(b"".join(lines), np.uint8))
-        self.columns["text_index"].append(ends)
-        if features is not None:
-            self.columns[self.features].append(features)
+        ends = self.rows("text") + np.cumsum([len(line) for line in lines], dtype=np.int64)
+        text = np.frombuffer(b"".join(lines), np.uint8)
+        for name, array in {**arrays, "text": text, "text_index": ends}.items():
+            first = name not in self.arrays
+            _, shape = self.arrays.setdefault(name, [array.dtype.str, [0, *array.shape[1:]]])
+            with open(self.out / f"{name}.npy", "wb" if first else "ab") as file:
+                file.write(bytes(self.HEADER if first else 0) + array.tobytes())
+            shape[0] += len(array)
+
+    def rows(self, name):
+        """How many rows an array has so far."""
+        return self.arrays[name][1][0] if name in self.arrays else 0
 
     def commit(self):
         """One more unit (a chunk of scenes, a shard) is whole: a later run goes on after it."""
-        for column in self.columns.values():
-            column.file.flush()
-        rows = {name: column.rows for name, column in self.columns.items()}
-        self.state = {"units": self.state["units"] + 1, "rows": rows, "dropped": self.dropped}
-        write_json(self.out / "progress.json", {"settings": self.settings, **self.state})
+        self.state["units"] += 1
+        write_json(self.out / "progress.json", self.state)
 
-    def finish(self):
-        """Closes the files; the folder counts as finished from the moment meta.json exists."""
-        count = self.columns["images"].rows
-        if not count:
+    def finish(self, features=None):
+        """Writes the headers; the folder counts as finished once meta.json exists."""
+        if not self.rows("images"):
             raise ValueError(f"no usable sample: {dict(self.dropped)}")
-        for column in self.columns.values():
-            column.close()
-        meta = {"version": FORMAT, "settings": self.settings, "count": count}
-        meta |= {"features": self.features, "dropped": self.dropped}
-        write_json(self.out / "meta.json", meta)
-        os.remove(self.out / "progress.json")
+        for name, (dtype, shape) in self.arrays.items():
+            with open(self.out / f"{name}.npy", "r+b") as file:
+                header = {"descr": dtype, "fortran_order": False, "shape": tuple(shape)}
+                np.lib.format.write_array_header_1_0(file, header)
+                assert file.tell() == self.HEADER, file.tell()
+        meta = {"version": FORMAT, "features": features, "count": self.rows("images")}
+        write_json(self.out / "meta.json", {**meta, **self.state})
+        (self.out / "progress.json").unlink()
         return PreparedSet(self.out)
 
 
@@ -888,9 +770,7 @@ class PreparedSet:
     def __init__(self, folder):
         folder = Path(folder)
         if not (folder / "meta.json").is_file():
-            raise ValueError(
-                f"{folder} is not a prepared set: run `python data.py shapes --out {folder}`"
-            )
+            raise ValueError(f"{folder} is not a prepared set: run data.py first")
         self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if self.meta["version"] != FORMAT:
             raise ValueError(
@@ -921,7 +801,7 @@ def prepare_shapes(out, count=60000, seed=0):
         raise ValueError(f"count must be at least 2, got {count}")
     if is_finished(out, settings):
         return PreparedSet(out)
-    writer = SetWriter(out, settings, SIDE)
+    writer = SetWriter(out, settings)
     done = writer.state["units"]
     with tqdm(total=count, initial=min(count, done * CHUNK), unit="scene", desc="shapes") as bar:
         for start in range(done * CHUNK, count, CHUNK):
@@ -929,7 +809,8 @@ def prepare_shapes(out, count=60000, seed=0):
             prompts = category_prompts(rng, min(CHUNK, count - start))
             images, scenes = draw_scenes(prompts, rng)
             rows = enumerate(zip(prompts, scenes), start)
-            writer.append(images, [scene_texts(*row, seed, index) for index, row in rows])
+            texts = [scene_texts(*row, seed, index) for index, row in rows]
+            writer.append(texts, {"images": images})
             writer.commit()
             bar.update(len(images))
     return writer.finish()
@@ -948,29 +829,26 @@ def prepare_photos(sources, out, size=64, tower=None, tokens=64, weights=None, d
         raise ValueError(f"size must be at least {MIN_SIDE} px, got {size}")
     if is_finished(out, settings):
         return PreparedSet(out)
-    model, name, width = None, None, 0
+    writer, name = SetWriter(out, settings), None
     if tower:
         model, facts = open_tower(tower, tokens, weights)
         model.to(device)
-        name, width = f"features-{tower}-{facts['side']}px-{tokens}", model.model.num_features
-    writer = SetWriter(out, settings, size, name, width)
-    if tower:
-        write_json(writer.out / f"{name}.json", {**facts, "tower": tower, "timm": timm.__version__})
-    with tqdm(initial=writer.columns["images"].rows, unit="image", desc="photos") as bar:
+        name = f"features-{tower}-{facts['side']}px-{tokens}"
+        write_json(writer.out / f"{name}.json", {**settings, **facts, "timm": timm.__version__})
+    with tqdm(initial=writer.rows("images"), unit="image", desc="photos") as bar:
         for path in paths[writer.state["units"] :]:
-            samples = read_samples([path], writer.dropped)
+            samples = read_samples(path, writer.dropped)
             while batch := list(islice(samples, 32)):
-                images = np.stack([square(image, size) for _, image, _ in batch])
-                texts = [{"caption": text, "clean": None, "qa": []} for _, _, text in batch]
-                features = None
-                if model:
+                arrays = {"images": np.stack([square(image, size) for _, image, _ in batch])}
+                if tower:
                     views = np.stack([square(image, facts["side"]) for _, image, _ in batch])
-                    features = tower_features(model, views, device)
-                writer.append(images, texts, features)
+                    arrays[name] = tower_features(model, views, device)
+                texts = [{"caption": text, "clean": None, "qa": []} for _, _, text in batch]
+                writer.append(texts, arrays)
                 bar.update(len(batch))
             writer.commit()
-    report_dropped(writer.dropped, writer.columns["images"].rows)
-    return writer.finish()
+    report_dropped(writer.dropped, writer.rows("images"))
+    return writer.finish(name)
 
 
 @torch.inference_mode()

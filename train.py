@@ -244,7 +244,11 @@ class Run:
         self.tokenizer, self.side = tokenizer, self.data.images.shape[1]
         raw = None if self.data.features is None else self.data.features.shape[-1]
         torch.manual_seed(config.seed)
-        self.model = M.BLIP3o(config, len(tokenizer), self.side, raw).to(self.device)
+        self.model = m = M.BLIP3o(config, len(tokenizer), self.side, raw).to(self.device)
+        if self.machine.compile:
+            for part in (m.clip, m.vae, m.backbone.trunk, m.head, m.decoder):
+                if part is not None:
+                    part.compile(dynamic=False)
         self.metadata = dict(
             version=VERSION, config=asdict(config), words=tokenizer.words, side=self.side,
             raw_channels=raw, data=self.data.meta,
@@ -333,7 +337,7 @@ def understanding_row(entry: dict, rng) -> list[tuple[str, str | None]]:
     turns = [[("user", q), ("bot", a)] for q, a in entry["qa"]]
     describe = [("user", "describe"), ("bot", entry["caption"])]
     order = rng.permutation(len(turns))
-    turns = [turns[i] for i in order]
+    turns = [turns[i] for i in order[:4]]
     if rng.random() < 1 / 3:
         return [("user", entry["caption"]), *(part for turn in turns for part in turn)]
     # the caption comes last: questions after it could be answered without looking
