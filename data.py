@@ -364,8 +364,8 @@ SURE, MARGIN = 0.86, 0.05  # the overlap that a template needs, and its lead ove
 NEAR = 50  # greatest distance of a color from its palette entry
 
 
-def color_masks(images):
-    """uint8 (B, 64, 64, 3) -> bool (B, 6, 64, 64): the pixels that belong to each color."""
+def color_classes(images):
+    """uint8 (B, 64, 64, 3) -> palette index (B, 64, 64) of each pixel, -1 = background."""
     rays = torch.from_numpy(PALETTE - np.float32(BACKGROUND))
     offset = torch.from_numpy(images).float() - torch.tensor(BACKGROUND)
     reach, nearest = (offset @ (rays / rays.norm(dim=1, keepdim=True)).T).max(-1)  # (B, 64, 64)
@@ -375,21 +375,32 @@ def color_masks(images):
     colors = torch.arange(len(PALETTE)).view(6, 1, 1)
     votes = (nearest[:, None] == colors) * weight[:, None]  # (B, 6, 64, 64)
     votes = F.avg_pool2d(F.avg_pool2d(votes, (5, 1), 1, (2, 0)), (1, 5), 1, (0, 2))
-    return (votes.argmax(1, keepdim=True) == colors) & (alpha > 0.4)[:, None]
+    return torch.where(alpha > 0.4, votes.argmax(1), -1).numpy()
 
 
-def regions(masks):
-    """bool (P, 64, 64) -> plane index (n,) and bool (n, 64, 64) of each 8-connected region."""
-    label = torch.arange(1.0, SIDE * SIDE + 1).view(SIDE, SIDE) * masks
-    before = None
-    while before is None or not torch.equal(label, before):
-        before = label
-        for _ in range(8):  # every pixel takes the greatest label next to it
-            label = F.max_pool2d(label[:, None], 3, 1, 1)[:, 0] * masks
-    key = torch.arange(len(masks)).view(-1, 1, 1) * 8192 + label.long()
-    keys, area = key[masks].unique(return_counts=True)
-    keys = keys[area > SPECK]
-    return keys // 8192, key[keys // 8192] == keys[:, None, None]
+def regions(classes):
+    """int (B, H, W), -1 = background -> the same with a number for each 8-connected region."""
+    solid = classes >= 0
+    begins = solid & (classes != np.pad(classes, ((0, 0), (0, 0), (1, 0)))[..., :-1])
+    begins[..., 0] = solid[..., 0]
+    run = np.cumsum(begins).reshape(classes.shape) - 1  # the nodes are horizontal runs of a class
+    upper, lower = [], []
+    for dx in (-1, 0, 1):
+        here = np.s_[:, :-1, max(0, -dx) : classes.shape[2] - max(0, dx)]
+        there = np.s_[:, 1:, max(0, dx) : classes.shape[2] + min(0, dx)]
+        # Two runs that touch do so at the first pixel of one of them: few edges are enough.
+        linked = solid[here] & (classes[here] == classes[there]) & (begins[here] | begins[there])
+        upper.append(run[here][linked])
+        lower.append(run[there][linked])
+    upper, lower = np.concatenate(upper), np.concatenate(lower)
+    label, before = np.arange(begins.sum()), None
+    while not np.array_equal(label, before):
+        before = label.copy()
+        np.minimum.at(label, upper, label[lower])
+        np.minimum.at(label, lower, label[upper])
+        label = label[label]
+    label = np.unique(label, return_inverse=True)[1]
+    return np.where(solid, label[run] if len(label) else -1, -1)
 
 
 def grow(mask):
@@ -435,16 +446,20 @@ def find_objects(images):
     """uint8 (B, 64, 64, 3) -> for each picture the Objects in it; None = a region of more than
     12 px2 that no template fits. Exact geometry, nothing learned."""
     found = [[] for _ in images]
-    for start in range(0, len(images), 64):  # bounds the memory
-        block = images[start : start + 64]
-        masks = color_masks(block)
-        picture, color = masks.any(3).any(2).nonzero(as_tuple=True)
-        plane, own = regions(masks[picture, color])
-        if len(plane):
-            owner = picture[plane]
-            taken = masks.any(1)[owner] & ~own
+    for start in range(0, len(images), 16):  # small blocks stay in the cache
+        block = images[start : start + 16]
+        label = regions(color_classes(block))
+        solid = label >= 0
+        area = np.bincount(label[solid])
+        owner = np.zeros(len(area), int)
+        owner[label[solid]] = np.nonzero(solid)[0]
+        number = np.flatnonzero(area > SPECK)
+        if len(number):
+            owner = owner[number]
+            own = label[owner] == number[:, None, None]  # (n, 64, 64)
+            masks = (torch.from_numpy(mask) for mask in (own, solid[owner] & ~own))
             view = torch.from_numpy(block).float()[owner]
-            for index, item in zip(owner.tolist(), fit_objects(view, own, taken)):
+            for index, item in zip(owner, fit_objects(view, *masks)):
                 found[start + index].append(item)
     return found
 
@@ -517,12 +532,11 @@ def open_tower(name, tokens=64, weights=None):
     eight = 8 * int(patch[1])  # the grid is a multiple of 8 patches, the side near 224 px
     side = eight * max(1, round(224 / eight))
     config = timm.models.get_pretrained_cfg(name)
-    tag = name.partition(".")[2] or (config.tag if config else "")
-    native = tag.startswith(("openai", "metaclip", "dfn")) and "_clip_" in name
-    if native and "quickgelu" not in name:
-        # timm builds it with plain GELU and says nothing; the features are wrong.
-        right = name.replace("_clip_", "_clip_quickgelu_")
-        raise ValueError(f"weights {tag!r} need QuickGELU: use {right} instead of {name}")
+    tagged = name if "." in name else f"{name}.{config.tag if config else None}"
+    right = tagged.replace("_clip_2", "_clip_quickgelu_2").replace("_clip_3", "_clip_quickgelu_3")
+    if right != tagged and right in timm.list_pretrained():
+        # timm builds these weights with plain GELU and says nothing; the features are wrong.
+        raise ValueError(f"these weights need QuickGELU: use {right} instead of {name}")
     overlay = None if weights in (None, "untrained") else {"file": str(weights)}
     if overlay and not os.path.isfile(weights):
         raise ValueError(f"no weights file {weights}")
@@ -562,12 +576,15 @@ def decode_image(data):
     """Bytes of an image file -> upright RGB PIL image; ValueError with the reason to drop it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's warnings on size and palettes are handled here
+        too_large = f"more than {MAX_PIXELS // 1_000_000} megapixels"
         try:
             image = Image.open(io.BytesIO(data))
+        except Image.DecompressionBombError as error:
+            raise ValueError(too_large) from error
         except Exception as error:
             raise ValueError("not an image") from error
         if image.width * image.height > MAX_PIXELS:  # known from the header, before decoding
-            raise ValueError(f"more than {MAX_PIXELS // 1_000_000} megapixels")
+            raise ValueError(too_large)
         if min(image.size) < MIN_SIDE:
             raise ValueError(f"a side under {MIN_SIDE} px")
         if max(image.size) > MAX_ASPECT * min(image.size):
@@ -610,6 +627,11 @@ def entries(path):
                 shard.members = []  # tarfile remembers every member otherwise
                 if member.isfile():
                     yield member.name, member.size, shard.extractfile(member).read
+        if path.endswith(".tar"):  # tarfile takes a cut within a header for the end
+            with open(path, "rb") as file:
+                file.seek(-512, os.SEEK_END)
+                if any(file.read()):
+                    raise EOFError
 
 
 def raw_samples(path, dropped):
@@ -832,7 +854,10 @@ def prepare_photos(sources, out, size=64, tower=None, tokens=64, weights=None, d
     writer, name = SetWriter(out, settings), None
     if tower:
         model, facts = open_tower(tower, tokens, weights)
-        model.to(device)
+        try:
+            model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"cannot use device {device!r}: {error}".split("\n")[0]) from error
         name = f"features-{tower}-{facts['side']}px-{tokens}"
         write_json(writer.out / f"{name}.json", {**settings, **facts, "timm": timm.__version__})
     with tqdm(initial=writer.rows("images"), unit="image", desc="photos") as bar:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import data
 import model as M
-from train import Config, load_model, write_whole
+from train import load_model, write_whole
 
 HERE = Path(__file__).parent
 BATCH = 128  # rows at once: bounds the memory, changes no picture
@@ -59,10 +59,9 @@ class Studio:
 
     def __init__(self, path: Path, flow: dict, paint: dict):
         """flow and paint: steps and guidance of the flow head and of the decoder."""
-        self.net, self.tokenizer, self.facts = load_model(path)
+        self.net, self.tokenizer, self.config, self.facts = load_model(path)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.net.to(self.device)
-        self.config: Config = self.facts["config"]
         self.side, self.flow, self.paint_options = self.facts["side"], flow, paint
 
     def batches(self, count: int, title: str):

@@ -12,11 +12,9 @@ import csv
 import json
 import math
 import os
-import platform
 import shutil
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -144,50 +142,31 @@ def parse_config(arguments: list[str]) -> Config:
         parser.error(str(error))
 
 
-# ------------------------------------------------------------------------------------- the machine
+# ------------------------------------------------------------------------ machine and files of a run
 
 
-@dataclass
-class Machine:
-    """Where and how to compute, resolved once: device, autocast dtype (None = fp32), compile."""
-
-    device: torch.device
-    dtype: torch.dtype | None
-    compile: bool
-
-    @classmethod
-    def resolve(cls, c: Config) -> "Machine":
-        device = c.device
-        if device == "auto":
-            mps = torch.backends.mps.is_available()
-            device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-        native = {
-            # a card below 8.0 answers yes to bf16 and emulates it; a CPU pays without AMX
-            "cuda": lambda: torch.cuda.get_device_capability()[0] >= 8,
-            "cpu": lambda: torch.cpu._is_amx_tile_supported(),
-            "mps": lambda: False,
-        }[device]()
-        precision = c.precision
-        if precision == "auto":
-            precision = "bf16" if native else "fp16" if device == "cuda" else "fp32"
-        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-        compile = c.compile == "on" or (c.compile == "auto" and device != "mps" and bool(compiler))
-        why = "" if compiler or not c.compile == "auto" else " (no C++ compiler)"
-        print(
-            f"device {device}, precision {precision}, compile {'on' if compile else 'off'}{why},"
-            f" {torch.get_num_threads()} threads, torch {torch.__version__}"
-        )
-        torch.set_float32_matmul_precision("high")
-        if device == "cpu":
-            torch.set_flush_denormal(True)  # early steps are several times slower without it
-        return cls(torch.device(device), dtype, compile)
-
-    def autocast(self):
-        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
-
-
-# ----------------------------------------------------------------------------------- files of a run
+def resolve_machine(c: Config) -> tuple[torch.device, torch.dtype | None, bool]:
+    """Where and how to compute: device, autocast dtype (None is fp32), compile; printed."""
+    device = c.device
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    # a card below 8.0 says yes to bf16 and emulates it; a CPU pays for it without AMX
+    native = device == "cuda" and torch.cuda.get_device_capability()[0] >= 8
+    native |= device == "cpu" and torch.cpu._is_amx_tile_supported()
+    precision = c.precision
+    if precision == "auto":
+        precision = "bf16" if native else "fp16" if device == "cuda" else "fp32"
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    compiler = any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
+    compile = c.compile == "on" or (c.compile == "auto" and device != "mps" and compiler)
+    print(
+        f"device {device}, precision {precision}, compile {'on' if compile else 'off'}"
+        f"{'' if compiler else ' (no C++ compiler)'}, {torch.get_num_threads()} threads"
+    )
+    torch.set_float32_matmul_precision("high")
+    torch.set_flush_denormal(True)  # early steps are several times slower without it on a CPU
+    return torch.device(device), dtype, compile
 
 
 def write_whole(path: Path, write) -> None:
@@ -216,15 +195,13 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, metadata
 
 
-def load_model(path: Path) -> tuple[M.BLIP3o, M.Tokenizer, dict]:
-    """The model of a finished run (or of shipped weights), in float32 and eval mode."""
+def load_model(path: Path) -> tuple[M.BLIP3o, M.Tokenizer, Config, dict]:
+    """The model of a finished run (or of shipped weights), in float32 and frozen."""
     tensors, metadata = load_weights(path)
-    known = {f.name for f in fields(Config)}
-    config = Config(**{k: v for k, v in metadata["config"].items() if k in known})
-    tokenizer = M.Tokenizer(metadata["words"])
+    config, tokenizer = Config(**metadata["config"]), M.Tokenizer(metadata["words"])
     net = M.BLIP3o(config, len(tokenizer), metadata["side"], metadata["raw_channels"])
     net.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    return net.eval().requires_grad_(False), tokenizer, {**metadata, "config": config}
+    return net.eval().requires_grad_(False), tokenizer, config, metadata
 
 
 # ------------------------------------------------------------------------------------------- stages
@@ -236,8 +213,7 @@ class Run:
     def __init__(self, config: Config):
         self.config, self.out = config, Path(config.out)
         self.out.mkdir(parents=True, exist_ok=True)
-        self.machine = Machine.resolve(config)
-        self.device = self.machine.device
+        self.device, self.dtype, compile = resolve_machine(config)
         self.data = PreparedSet(config.data)
         texts = (self.data.texts(i) for i in self.data.train_ids[:5000])
         tokenizer = M.Tokenizer.fit(text for entry in texts for text in flat_texts(entry))
@@ -245,10 +221,9 @@ class Run:
         raw = None if self.data.features is None else self.data.features.shape[-1]
         torch.manual_seed(config.seed)
         self.model = m = M.BLIP3o(config, len(tokenizer), self.side, raw).to(self.device)
-        if self.machine.compile:
-            for part in (m.clip, m.vae, m.backbone.trunk, m.head, m.decoder):
-                if part is not None:
-                    part.compile(dynamic=False)
+        if compile:
+            for part in (m.backbone.trunk, m.head, m.decoder):
+                part.compile(dynamic=False)
         self.metadata = dict(
             version=VERSION, config=asdict(config), words=tokenizer.words, side=self.side,
             raw_channels=raw, data=self.data.meta,
@@ -395,7 +370,7 @@ def train_stage(run: Run, stage: str) -> None:
     print(f"stage {stage}: trains {', '.join(parts)} ({size:.2f} M); frozen {frozen:.2f} M")
     optimizers = make_optimizers(c, trained)
     averages = {n: p.detach().clone() for n, p in trained.items()}
-    scaler = torch.amp.GradScaler(enabled=run.machine.dtype is torch.float16)
+    scaler = torch.amp.GradScaler(enabled=run.dtype is torch.float16)
     partial, start, rows, seconds = out / f"{stage}.partial", 0, [], 0.0
     if partial.exists():
         state = torch.load(partial, map_location=run.device, weights_only=True)
@@ -461,7 +436,7 @@ def step_loss(run: Run, loss_of, stage: str, step: int, pool, batch: int):
     rng = np.random.default_rng([run.config.seed, STAGES.index(stage), step + 100])
     torch.manual_seed(int(rng.integers(2**62)))
     ids = np.sort(rng.choice(pool, batch, replace=len(pool) < batch))
-    with run.machine.autocast():
+    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
         return loss_of(rng, ids)
 
 
