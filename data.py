@@ -16,23 +16,16 @@ import random
 import re
 import sys
 import tarfile
-import warnings
 import zlib
-from collections import Counter
-from dataclasses import dataclass
-from functools import cache
-from itertools import combinations, islice, permutations
+from collections import Counter, namedtuple
+from itertools import groupby, islice, permutations, product
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch import nn
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as V
+from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------ the world
@@ -42,81 +35,54 @@ BACKGROUND = (244, 244, 244)
 SHAPES = ("circle", "square", "triangle")
 COLORS = {"red": (220, 45, 45), "green": (50, 165, 70), "blue": (50, 90, 220)}
 COLORS |= {"yellow": (240, 215, 40), "purple": (150, 60, 185), "orange": (240, 125, 20)}
-HELD_OUT = {("triangle", "red"), ("square", "green"), ("circle", "purple")}
-SEEN = [(shape, color) for shape in SHAPES for color in COLORS if (shape, color) not in HELD_OUT]
-CATEGORIES = ("single", "two", "counting", "colors", "position", "attribution")
+HELD_OUT = frozenset({("triangle", "red"), ("square", "green"), ("circle", "purple")})
+SEEN = [pair for pair in product(SHAPES, COLORS) if pair not in HELD_OUT]
 # The direction of the first object from the second; y points down, as in the image.
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 NUMBERS = ("zero", "one", "two", "three", "four")
-PALETTE = np.array(list(COLORS.values()), np.float32)
 TALL = math.sqrt(3) / 2  # height of the triangle's bounding box divided by its width
 WINDOW = 30  # px, holds the largest object (26 px) and its soft edge
 
 
-class Object(NamedTuple):
-    """A shape in a picture; x, y = centre of its bounding box and w, h = its size, in px."""
-
-    shape: str
-    color: str
-    x: float
-    y: float
-    w: float
-    h: float
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A text and what it asks for; None in an object = not named; relation: first to second."""
-
-    text: str
-    category: str
-    objects: tuple
-    relation: "str | None" = None
+# A shape in a picture; x, y = centre of its bounding box and w, h = its size, in px.
+Object = namedtuple("Object", "shape color x y w h")
+# A text and what it asks for: (shape, color) pairs, None = not named; relation: first to second.
+Prompt = namedtuple("Prompt", "text category objects relation", defaults=[None])
 
 
 def noun(shape, color=None, count=1):
     """`noun("circle", "orange")` is "an orange circle", with count 2 "two orange circles"."""
-    name = " ".join(word for word in (color, shape or "shape") if word)
+    name = f"{color} {shape or 'shape'}" if color else shape or "shape"
     if count > 1:
         return f"{NUMBERS[count]} {name}s"
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def make_prompt(objects, relation=None):
-    """The prompt for a tuple of (shape, color or None) in GenEval's wording and category."""
-    colored = any(color for _, color in objects)
-    if relation:
-        category, text = "position", f" {relation} ".join(noun(*pair) for pair in objects)
-    elif len(set(objects)) < len(objects):
-        category, text = "counting", noun(*objects[0], count=len(objects))
-    elif len(objects) == 1:
-        category, text = "colors" if colored else "single", noun(*objects[0])
-    else:
-        category = "attribution" if colored else "two"
-        text = " and ".join(noun(*pair) for pair in objects)
-    return Prompt(text, category, tuple(objects), relation)
+def joined(pairs, word):
+    """The two (shape, color) with a word between: "a circle left of a blue square"."""
+    return f" {word} ".join(noun(*pair) for pair in pairs)
 
 
 def grammar(first, second):
-    """All prompts that name one pair of `first`, or one of `first` and one of `second`."""
+    """All prompts, in GenEval's wording, on one of `first`, or on one of it and one of `second`."""
     couples = [(a, b) for a in first for b in second if a[0] != b[0] and (not a[1] or a[1] != b[1])]
     couples = list(dict.fromkeys(couples + [(b, a) for a, b in couples]))
+    category = {c: "attribution" if c[0][1] or c[1][1] else "two" for c in couples}
     return {
-        "single": [make_prompt((pair,)) for pair in first],
-        "counting": [make_prompt((pair,) * n) for n in (2, 3, 4) for pair in first],
-        "two": [make_prompt(couple) for couple in couples],
-        "position": [make_prompt(couple, name) for couple in couples for name in RELATIONS],
+        "single": [Prompt(noun(*a), "colors" if a[1] else "single", (a,)) for a in first],
+        "counting": [Prompt(noun(*a, n), "counting", (a,) * n) for n in (2, 3, 4) for a in first],
+        "two": [Prompt(joined(c, "and"), category[c], c) for c in couples],
+        "position": [Prompt(joined(c, r), "position", c, r) for c in couples for r in RELATIONS],
     }
 
 
 PLAIN = [(shape, None) for shape in SHAPES]
-PLAIN_PROMPTS, SEEN_PROMPTS = grammar(PLAIN, PLAIN), grammar(SEEN, SEEN)
-HELD_PROMPTS = grammar(sorted(HELD_OUT), SEEN)
 NAMED = PLAIN + SEEN + sorted(HELD_OUT)
+PLAIN_PROMPTS, SEEN_PROMPTS = grammar(PLAIN, PLAIN), grammar(SEEN, SEEN)
 ALL_PROMPTS = {p.text: p for prompts in grammar(NAMED, NAMED).values() for p in prompts}
-TRAINING_PROMPTS = {name: PLAIN_PROMPTS[name] for name in ("single", "two", "counting", "position")}
-TRAINING_PROMPTS |= {"colors": SEEN_PROMPTS["single"], "attribution": SEEN_PROMPTS["two"]}
-TRAINING_PROMPTS["free"] = [Prompt("", "free", ((None, None),) * n) for n in (1, 2, 3, 4)]
+FREE_PROMPTS = [Prompt("", "free", ((None, None),) * n) for n in (1, 2, 3, 4)]
+TRAINING_PROMPTS = [SEEN_PROMPTS["single"], SEEN_PROMPTS["two"], FREE_PROMPTS]
+TRAINING_PROMPTS += PLAIN_PROMPTS.values()
 
 
 def parse_prompt(text):
@@ -130,8 +96,7 @@ def deal(prompts, count, rng):
     """`count` prompts balanced over relation, number and held-out pair; repeated if too few."""
     dealt, turn = Counter(), {}
     for prompt in (prompts[i] for i in rng.permutation(len(prompts))):
-        held = tuple(pair for pair in prompt.objects if pair in HELD_OUT)
-        stratum = (prompt.relation, len(prompt.objects), held)
+        stratum = (prompt.relation, len(prompt.objects), HELD_OUT.intersection(prompt.objects))
         turn[prompt] = dealt[stratum]
         dealt[stratum] += 1
     ordered = sorted(turn, key=turn.get)
@@ -141,66 +106,63 @@ def deal(prompts, count, rng):
 def eval_prompts():
     """ShapesEval: {"seen": 553, "heldout": 198, "composed": 198 prompts}, the same for ever."""
     rng = np.random.RandomState(0)  # the legacy generator, because its stream is frozen
-    plain, seen = PLAIN_PROMPTS, SEEN_PROMPTS
+    plain, seen, held = PLAIN_PROMPTS, SEEN_PROMPTS, grammar(sorted(HELD_OUT), SEEN)
     parts = [(plain["single"], 80), (plain["two"], 99), (plain["position"], 100)]
     parts += [(seen["single"], 94), (seen["two"], 100)]
-    for number, n in ((2, 26), (3, 28), (4, 26)):
-        parts.append(([p for p in plain["counting"] if len(p.objects) == number], n))
-    sets = {"seen": parts}
-    for name, kinds in (("heldout", HELD_PROMPTS), ("composed", seen)):
-        sets[name] = [(prompts, 54 if kind == "two" else 48) for kind, prompts in kinds.items()]
+    parts += [(plain["counting"][3 * i : 3 * i + 3], n) for i, n in enumerate((26, 28, 26))]
+    sets = {"seen": parts, "heldout": zip(held.values(), (48, 48, 54, 48))}
+    sets["composed"] = zip(seen.values(), (48, 48, 54, 48))
     dealt = {name: [p for part in parts for p in deal(*part, rng)] for name, parts in sets.items()}
     return {name: [p[i] for i in rng.permutation(len(p))] for name, p in dealt.items()}
 
 
 def category_prompts(rng, n):
     """n training prompts: equal shares of the six categories and of free scenes, none held out."""
-    names = [list(TRAINING_PROMPTS)[i % 7] for i in rng.permutation(n)]
-    draws = rng.random(n)
-    return [TRAINING_PROMPTS[k][int(u * len(TRAINING_PROMPTS[k]))] for k, u in zip(names, draws)]
+    kinds = [TRAINING_PROMPTS[i % 7] for i in rng.permutation(n)]
+    return [kind[int(u * len(kind))] for kind, u in zip(kinds, rng.random(n))]
 
 
-def box_offset(a, b):
-    """GenEval's offset of boxes a from b: (..., 4) as x, y, w, h -> (..., 2), beyond .5 = holds."""
-    offset = a[..., :2] - b[..., :2]
-    beyond = np.maximum(np.abs(offset) - 0.1 * (a[..., 2:] + b[..., 2:]), 0)
-    return np.sign(offset) * beyond / np.maximum(np.linalg.norm(offset, axis=-1), 1e-6)[..., None]
+def fits(wanted, item):
+    """Whether an object, or a (shape, color), is the one that is wanted; None = any."""
+    return wanted[0] in (None, item[0]) and wanted[1] in (None, item[1])
+
+
+def box_offset(delta, sizes):
+    """GenEval's offset of two boxes from their distance and summed sizes (..., 2): .5 = holds."""
+    beyond = np.maximum(np.abs(delta) - 0.1 * sizes, 0)
+    return np.sign(delta) * beyond / np.maximum(np.linalg.norm(delta, axis=-1), 1e-6)[..., None]
 
 
 def relation(a, b):
     """The relations of object a to object b by GenEval's formula: a subset of RELATIONS."""
-    offset = box_offset(np.array(a[2:]), np.array(b[2:]))
+    offset = box_offset(np.subtract(a[2:4], b[2:4]), np.add(a[4:], b[4:]))
     return {name for name, direction in RELATIONS.items() if offset @ direction > 0.5}
 
 
-def place(sizes, present, wanted, rng, tries=16):
-    """Centres (B, 4, 2) for objects of size (B, 4, 2): 1 px from the border, boxes 2 px apart.
+def place(sizes, wanted, rng, tries=16):
+    """Centres for objects of size (B, 4, 2), NaN = none: 1 px from the border, boxes 2 px apart.
 
     `wanted` (B, 2) is the direction of object 0 from object 1, or zeros. A scene that jams starts
     again with new positions and the same sizes: size must not betray the count.
     """
-    centres = np.zeros_like(sizes)
-    todo = np.arange(len(sizes))
+    centres, todo = np.zeros_like(sizes), np.arange(len(sizes))
     while len(todo):
-        size, here, want = sizes[todo], present[todo], wanted[todo]
-        centre, fits = np.zeros_like(size), np.ones(len(todo), bool)
+        size, want = sizes[todo, :, None], wanted[todo, None]  # (b, 4, 1, 2), (b, 1, 2)
+        spots = 1 + size / 2 + rng.random((len(todo), 4, tries, 2)) * (SIDE - 2 - size)
+        centre, fine = spots[:, :, :1].copy(), np.ones(len(todo), bool)
         for k in range(4):
-            own = size[:, k, None]  # (b, 1, 2)
-            spots = 1 + own / 2 + rng.random((len(todo), tries, 2)) * (SIDE - 2 - own)
-            free = np.ones((len(todo), tries), bool)
+            clash = np.zeros((len(todo), tries), bool)  # what compares with NaN never clashes
             for j in range(k):
-                gap = np.abs(spots - centre[:, j, None]) - (own + size[:, j, None]) / 2
-                free &= (gap.max(-1) >= 2) | ~here[:, j, None]
-            if k == 1:
-                boxes = np.concatenate([spots, np.broadcast_to(own, spots.shape)], -1)
-                first = np.concatenate([centre[:, :1], size[:, :1]], -1)
-                # 0.55, not 0.5: a tenth of a pixel in the checker must not turn a true picture.
-                held = (box_offset(first, boxes) * want[:, None]).sum(-1) > 0.55
-                free &= held | ~want.any(-1)[:, None]
-            centre[:, k] = spots[np.arange(len(todo)), free.argmax(1)]
-            fits &= free.any(1) | ~here[:, k]
-        centres[todo[fits]] = centre[fits]
-        todo = todo[~fits]
+                delta, total = centre[:, j] - spots[:, k], size[:, j] + size[:, k]
+                clash |= (np.abs(delta) - total / 2).max(-1) < 2
+                if (j, k) == (0, 1):
+                    # 0.55, not 0.5: a tenth of a pixel in the checker must not turn the truth.
+                    held = (box_offset(delta, total) * want).sum(-1)
+                    clash |= held < 0.55 * np.abs(want).sum(-1)
+            centre[:, k, 0] = spots[np.arange(len(todo)), k, clash.argmin(1)]
+            fine &= ~clash.all(1)
+        centres[todo[fine]] = centre[fine, :, 0]
+        todo = todo[~fine]
     return centres
 
 
@@ -222,55 +184,41 @@ def paint(images, rows, shape, centre, size, rgb):
     pixel = corner[:, None] + np.arange(WINDOW)[:, None]  # (n, WINDOW, 2)
     away = (pixel + 0.5 - centre[:, None]).astype(np.float32)
     share = coverage(shape, away[:, None, :, 0], away[:, :, None, 1], size[:, None, None])
-    color = (rgb - BACKGROUND).astype(np.float32)[:, None, None]
+    change = np.rint(share[..., None] * (rgb - BACKGROUND)[:, None, None])
     # uint8 addition wraps, so a negative change is exact too, and windows may overlap: the soft
     # shapes in them do not. Much faster than a float canvas.
-    change = np.rint(share[..., None] * color).astype(np.int16).astype(np.uint8)
+    change = change.astype(np.int16).astype(np.uint8)
     images[rows[:, None, None], pixel[:, :, None, 1], pixel[:, None, :, 0]] += change
-
-
-@cache
-def options(shape, color):
-    """The (shape, color) pairs that an object may become: what is not named is never held out."""
-    if shape and color:
-        return [(shape, color)]
-    return [pair for pair in SEEN if shape in (None, pair[0]) and color in (None, pair[1])]
 
 
 def draw_scenes(prompts, rng):
     """One random picture for each prompt -> uint8 (B, 64, 64, 3) and the list of its objects."""
-    total = len(prompts)
-    draws = rng.random((total, 4))
+    total, pairs = len(prompts), []
+    for prompt, draws in zip(prompts, rng.random((total, 4))):
+        # What is not named never becomes a held-out pair.
+        choices = [[p for p in SEEN if fits(pair, p)] or [pair] for pair in prompt.objects]
+        pairs.append([c[int(u * len(c))] for c, u in zip(choices, draws)])
+    kinds = np.array([row + [("", "")] * (4 - len(row)) for row in pairs])  # (B, 4, 2)
     width = rng.uniform(14, 26, (total, 4)).astype(np.float32)
-    jitter = rng.integers(-8, 9, (total, 4, 3))
-    choices = [[options(*pair) for pair in prompt.objects] for prompt in prompts]
-    pairs = [[c[int(u * len(c))] for c, u in zip(row, us)] for row, us in zip(choices, draws)]
-    shapes = np.array([[pair[0] for pair in row] + [""] * (4 - len(row)) for row in pairs])
-    colors = np.array(
-        [[COLORS[pair[1]] for pair in r] + [BACKGROUND] * (4 - len(r)) for r in pairs]
-    )
-    height = np.where(shapes == "triangle", np.float32(TALL), 1) * width
+    width[kinds[..., 0] == ""] = np.nan
+    height = np.where(kinds[..., 0] == "triangle", np.float32(TALL), 1) * width
     sizes = np.stack([width, height], -1)
-    wanted = np.array([RELATIONS.get(prompt.relation, (0, 0)) for prompt in prompts])
-    centres = place(sizes, shapes != "", wanted, rng)
+    centres = place(sizes, np.array([RELATIONS.get(p.relation, (0, 0)) for p in prompts]), rng)
+    jitter = rng.integers(-8, 9, (total, 4, 3))
     images = np.full((total, SIDE, SIDE, 3), BACKGROUND, np.uint8)
-    for k in range(4):
-        for shape in SHAPES:
-            chosen = np.flatnonzero(shapes[:, k] == shape)
-            for start in range(0, len(chosen), 64):  # blocks that stay in the cache
-                rows = chosen[start : start + 64]
-                rgb = colors[rows, k] + jitter[rows, k]
-                paint(images, rows, shape, centres[rows, k], width[rows, k], rgb)
+    for k, shape, color in product(range(4), SHAPES, COLORS):
+        rows = np.flatnonzero((kinds[:, k] == (shape, color)).all(-1))
+        rgb = (jitter[rows, k] + COLORS[color]).astype(np.float32)
+        paint(images, rows, shape, centres[rows, k], width[rows, k], rgb)
     boxes = np.concatenate([centres, sizes], -1).tolist()
-    scenes = [[Object(*p, *b) for p, b in zip(row, box)] for row, box in zip(pairs, boxes)]
-    return images, scenes
+    return images, [[Object(*p, *b) for p, b in zip(row, box)] for row, box in zip(pairs, boxes)]
 
 
 # ------------------------------------------------------------------------------------ the texts
 
 FRAMES = ("{}", "{}", "a picture of {}", "an image with {}", "{} on a plain background")
 FRAMES += ("{n}: {}", "a simple drawing of {}", "a white scene with {}", "you can see {}")
-SAY = {"left of": ("left of", "to the left of"), "right of": ("right of", "to the right of")}
+SAY = {name: (name, f"to the {name}") for name in ("left of", "right of")}
 SAY |= {"above": ("above", "over"), "below": ("below", "under")}
 
 
@@ -279,37 +227,31 @@ def listing(parts):
     return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
-def say(names, rng):
-    """One of several ways to say one of these relations."""
-    return rng.choice(SAY[rng.choice(names)])
-
-
 def long_caption(objects, links, rng):
     """Names every object with its color, and relations between objects that are unique."""
     objects = rng.sample(objects, len(objects))
-    shapes = Counter(o.shape for o in objects)
-    pairs = Counter((o.shape, o.color) for o in objects)
-    unique = [o for o in objects if pairs[o.shape, o.color] == 1]
-    facts = [(a, b, links[a, b]) for a, b in combinations(unique, 2) if links[a, b]]
-    rng.shuffle(facts)
-    groups = []
+    shapes, pairs = Counter(o.shape for o in objects), Counter(o[:2] for o in objects)
+    parts = []
     for shape, n in shapes.items():
         colors = {color: k for (name, color), k in pairs.items() if name == shape}
+        names = [noun(shape, color, k) for color, k in colors.items()]
         if len(colors) > 1 and rng.random() < 0.5:
             each = listing([f"{NUMBERS[k]} {color}" for color, k in colors.items()])
-            groups.append(f"{noun(shape, None, n)}, {each}")
-        else:
-            groups += [noun(shape, color, k) for color, k in colors.items()]
+            names = [f"{noun(shape, None, n)}, {each}"]
+        parts += names
+    facts = [link for link in links if pairs[link[0][:2]] == pairs[link[2][:2]] == 1]
+    rng.shuffle(facts)
+    facts = list({frozenset(link[::2]): link for link in facts}.values())  # one for each couple
     if len(objects) == 2 and facts and rng.random() < 0.5:
-        a, b, names = facts.pop()
-        groups = [f" {say(names, rng)} ".join((noun(*a[:2]), noun(*b[:2])))]
-    count = f"{NUMBERS[len(objects)]} shape{'s' if len(objects) > 1 else ''}"
-    text = rng.choice(FRAMES).format(listing(groups), n=count)
-    clauses = []
-    for a, b, names in facts[: rng.randint(1, 2)]:
-        short = [o.shape if shapes[o.shape] == 1 and rng.random() < 0.5 else "" for o in (a, b)]
-        one, two = (name or f"{o.color} {o.shape}" for name, o in zip(short, (a, b)))
-        clauses.append(f"the {one} {say(names, rng)} the {two}")
+        a, link, b = facts.pop()
+        parts = [joined((a[:2], b[:2]), rng.choice(SAY[link]))]
+
+    def name(o):
+        return o.shape if shapes[o.shape] == 1 and rng.random() < 0.5 else f"{o.color} {o.shape}"
+
+    text = rng.choice(FRAMES).format(listing(parts), n=noun(None, None, len(objects)))
+    facts = facts[: rng.randint(1, 2)]
+    clauses = [f"the {name(a)} {rng.choice(SAY[link])} the {name(b)}" for a, link, b in facts]
     return ", with ".join(filter(None, (text, " and ".join(clauses))))
 
 
@@ -320,30 +262,29 @@ def short_caption(prompt, objects, rng):
     if len(objects) == 1:
         return rng.choice([noun(objects[0].shape), noun(None, objects[0].color)])
     part = rng.sample(objects, rng.randint(1, len(objects) - 1))
-    names = [noun(o.shape, o.color if rng.random() < 0.5 else None) for o in part]
+    names = [noun(o.shape, rng.choice([o.color, None])) for o in part]
     return listing(list(dict.fromkeys(names)))
 
 
 def questions(objects, links, rng):
     """4 to 6 [question, answer] pairs with one right answer each; "is there" is balanced."""
-    shapes, colors = (Counter(o[k] for o in objects) for k in (0, 1))
-    present = {o[:2] for o in objects}
-    asked = [("yes", pair) for pair in rng.sample(sorted(present), min(2, len(present)))]
-    asked += [("no", pair) for pair in rng.sample([p for p in SEEN if p not in present], 3)]
-    chosen = [(f"is there {noun(*pair)}?", answer) for answer, pair in (asked[0], asked[-1])]
+    shapes, colors = Counter(o.shape for o in objects), Counter(o.color for o in objects)
+    between, ends = Counter((a, b) for a, _, b in links), Counter(link[1:] for link in links)
+    present = sorted({o[:2] for o in objects})
+    asked = {"yes": present, "no": [pair for pair in SEEN if pair not in present]}
+    chosen = [(f"is there {noun(*rng.choice(pairs))}?", yes) for yes, pairs in asked.items()]
     pool = [("how many objects are there?", NUMBERS[len(objects)])]
     pool += [(f"how many {shape}s are there?", NUMBERS[shapes[shape]]) for shape in SHAPES]
-    pool += [(f"what color is the {o.shape}?", o.color) for o in objects if shapes[o.shape] == 1]
-    lone = [o for o in objects if colors[o.color] == 1]
-    pool += [(f"what shape is the {o.color} object?", o.shape) for o in lone]
-    for (a, b), names in links.items():
-        if shapes[b.shape] > 1:
-            continue
-        if shapes[a.shape] == 1 and len(names) == 1:
-            pool.append((f"where is the {a.shape} relative to the {b.shape}?", names[0]))
-        for name in names:
-            if sum(name in links[c, b] for c in objects if c != b) == 1:
-                pool.append((f"what is {name} the {b.shape}?", f"{a.color} {a.shape}"))
+    for o in objects:
+        if shapes[o.shape] == 1:
+            pool.append((f"what color is the {o.shape}?", o.color))
+        if colors[o.color] == 1:
+            pool.append((f"what shape is the {o.color} object?", o.shape))
+    for a, name, b in links:
+        if shapes[b.shape] == ends[name, b] == 1:
+            pool.append((f"what is {name} the {b.shape}?", f"{a.color} {a.shape}"))
+        if shapes[a.shape] == shapes[b.shape] == between[a, b] == 1:
+            pool.append((f"where is the {a.shape} relative to the {b.shape}?", name))
     chosen += rng.sample(pool, min(len(pool), rng.randint(2, 4)))
     return [list(pair) for pair in rng.sample(chosen, len(chosen))]
 
@@ -351,7 +292,8 @@ def questions(objects, links, rng):
 def scene_texts(prompt, objects, seed, index):
     """The texts of training scene `index`: {"caption": str, "clean": str or None, "qa": pairs}."""
     rng = random.Random(seed * 1_000_003 + index)
-    links = {(a, b): sorted(relation(a, b)) for a, b in permutations(objects, 2)}
+    couples = permutations(objects, 2)
+    links = [(a, name, b) for a, b in couples for name in sorted(relation(a, b))]
     long = rng.random() < 0.9
     caption = long_caption(objects, links, rng) if long else short_caption(prompt, objects, rng)
     return {"caption": caption, "clean": prompt.text or None, "qa": questions(objects, links, rng)}
@@ -359,108 +301,86 @@ def scene_texts(prompt, objects, seed, index):
 
 # ---------------------------------------------------------------------------------- the checker
 
+PALETTE = np.array(list(COLORS.values()), np.float32)
 SPECK = 12  # px2: what is larger counts as an object
 SURE, MARGIN = 0.86, 0.05  # the overlap that a template needs, and its lead over the second
 NEAR = 50  # greatest distance of a color from its palette entry
 
 
-def color_classes(images):
-    """uint8 (B, 64, 64, 3) -> palette index (B, 64, 64) of each pixel, -1 = background."""
-    rays = torch.from_numpy(PALETTE - np.float32(BACKGROUND))
-    offset = torch.from_numpy(images).float() - torch.tensor(BACKGROUND)
-    reach, nearest = (offset @ (rays / rays.norm(dim=1, keepdim=True)).T).max(-1)  # (B, 64, 64)
-    alpha = reach / rays.norm(dim=1)[nearest]
+def box_sum(values, reach):
+    """Sums (..., 64, 64) over the square of pixels within `reach` of each pixel."""
+    band = np.tri(SIDE, k=reach, dtype=np.float32) - np.tri(SIDE, k=-reach - 1, dtype=np.float32)
+    return band @ values @ band
+
+
+def color_classes(offset):
+    """Image minus background (64, 64, 3) -> palette index of each pixel, -1 = background."""
+    rays = PALETTE - np.float32(BACKGROUND)
+    length = np.linalg.norm(rays, axis=1)
+    along = offset @ (rays / length[:, None]).T  # (64, 64, 6)
+    reach, nearest = along.max(-1), along.argmax(-1)
+    alpha = reach / length[nearest]
     # A pixel between two colors may look like a third: its neighbours decide, the purest loudest.
-    weight = alpha.clamp(0, 1) * (10 * reach / offset.norm(dim=-1).clamp(1) - 9).clamp(0, 1)
-    colors = torch.arange(len(PALETTE)).view(6, 1, 1)
-    votes = (nearest[:, None] == colors) * weight[:, None]  # (B, 6, 64, 64)
-    votes = F.avg_pool2d(F.avg_pool2d(votes, (5, 1), 1, (2, 0)), (1, 5), 1, (0, 2))
-    return torch.where(alpha > 0.4, votes.argmax(1), -1).numpy()
+    purity = reach / np.maximum(np.linalg.norm(offset, axis=-1), 1)
+    weight = np.clip(alpha, 0, 1) * np.clip(10 * purity - 9, 0, 1)
+    votes = box_sum((nearest == np.arange(6)[:, None, None]) * weight, 2)  # (6, 64, 64)
+    return np.where(alpha > 0.4, votes.argmax(0), -1)
 
 
 def regions(classes):
-    """int (B, H, W), -1 = background -> the same with a number for each 8-connected region."""
-    solid = classes >= 0
-    begins = solid & (classes != np.pad(classes, ((0, 0), (0, 0), (1, 0)))[..., :-1])
-    begins[..., 0] = solid[..., 0]
-    run = np.cumsum(begins).reshape(classes.shape) - 1  # the nodes are horizontal runs of a class
-    upper, lower = [], []
-    for dx in (-1, 0, 1):
-        here = np.s_[:, :-1, max(0, -dx) : classes.shape[2] - max(0, dx)]
-        there = np.s_[:, 1:, max(0, dx) : classes.shape[2] + min(0, dx)]
-        # Two runs that touch do so at the first pixel of one of them: few edges are enough.
-        linked = solid[here] & (classes[here] == classes[there]) & (begins[here] | begins[there])
-        upper.append(run[here][linked])
-        lower.append(run[there][linked])
-    upper, lower = np.concatenate(upper), np.concatenate(lower)
-    label, before = np.arange(begins.sum()), None
+    """int (64, 64), -1 = background -> the mask of each 8-connected region that is no speck."""
+    padded = np.pad(classes, 1, constant_values=-1).ravel()  # (66 * 66,), so no step wraps around
+    pixels = np.flatnonzero(padded >= 0)
+    steps = (1, SIDE + 1, SIDE + 2, SIDE + 3)  # right, and the three neighbours below
+    one, two = np.concatenate([(pixels, pixels + step) for step in steps], axis=1)
+    linked = padded[one] == padded[two]
+    one, two = one[linked], two[linked]
+    label, before = np.arange(len(padded)), None
     while not np.array_equal(label, before):
         before = label.copy()
-        np.minimum.at(label, upper, label[lower])
-        np.minimum.at(label, lower, label[upper])
-        label = label[label]
-    label = np.unique(label, return_inverse=True)[1]
-    return np.where(solid, label[run] if len(label) else -1, -1)
+        np.minimum.at(label, one, label[two])
+        np.minimum.at(label, two, label[one])
+        label = label[label]  # jumps: few rounds are enough
+    numbers, areas = np.unique(label[pixels], return_counts=True)
+    label = label.reshape(SIDE + 2, SIDE + 2)[1:-1, 1:-1]  # (64, 64)
+    return [label == number for number in numbers[areas > SPECK]]
 
 
-def grow(mask):
-    """Dilates bool (n, H, W) by one pixel in all eight directions."""
-    return F.max_pool2d(mask[:, None].float(), 3, 1, 1)[:, 0] > 0
+def fit_object(offset, own, taken):
+    """The Object that a region is, or None where no template or color fits.
 
-
-def fit_objects(images, own, taken):
-    """The Object that each region is, or None where no template or color fits.
-
-    images float (n, 64, 64, 3); own, taken bool (n, 64, 64): the region and all others.
+    offset (64, 64, 3): image minus background; own, taken bool (64, 64): the region, all others.
     """
-    inner = ~grow(~own)
-    inner = torch.where(inner.any(2).any(1).view(-1, 1, 1), inner, own)
-    color = torch.stack([image[mask].median(0).values for image, mask in zip(images, inner)])
-    ray = color - torch.tensor(BACKGROUND)
-    alpha = torch.einsum("nhwc,nc->nhw", images - torch.tensor(BACKGROUND), ray)
-    alpha = (alpha / ray.square().sum(1).clamp(1).view(-1, 1, 1)).clamp(0, 1)
-    alpha = (alpha * (grow(own) & ~taken)).numpy()
-    area, grid = alpha.sum((1, 2)) + 1e-6, np.arange(SIDE, dtype=np.float32) + 0.5
-    x, y = (alpha.sum(1) @ grid) / area, (alpha.sum(2) @ grid) / area
-    scores, boxes = [], []
-    for shape, filled in (("circle", math.pi / 4), ("square", 1), ("triangle", TALL / 2)):
+    inner = own & (box_sum(~own, 1) == 0)
+    ray = np.median(offset[inner if inner.any() else own], 0)
+    alpha = np.clip(offset @ ray / max(ray @ ray, 1), 0, 1) * ((box_sum(own, 1) > 0) & ~taken)
+    area, grid = alpha.sum() + 1e-6, np.arange(SIDE, dtype=np.float32) + 0.5
+    x, y = alpha.sum(0) @ grid / area, alpha.sum(1) @ grid / area
+    fitted = []
+    for shape, filled in zip(SHAPES, (math.pi / 4, 1, TALL / 2)):
         # Area and centroid survive blur; the tips of a triangle, and so its box, do not.
         w = np.sqrt(area / filled)
-        h = w * TALL if shape == "triangle" else w
-        boxes.append(np.stack([x, y - h / 6 if shape == "triangle" else y, w, h], -1))  # (n, 4)
-        dx, dy = (grid - boxes[-1][:, k, None] for k in (0, 1))
-        template = coverage(shape, dx[:, None], dy[:, :, None], w[:, None, None])
-        overlap = np.minimum(alpha, template).sum((1, 2)) / np.maximum(alpha, template).sum((1, 2))
-        scores.append(overlap)
-    second, best = np.sort(scores, 0)[1:]
-    shape = np.argmax(scores, 0)
-    box = np.stack(boxes)[shape, np.arange(len(own))]
-    apart = np.linalg.norm(color.numpy()[:, None] - PALETTE, axis=-1)  # (n, 6)
-    good = (best >= SURE) & (best - second >= MARGIN) & (apart.min(1) <= NEAR)
-    good &= (box[:, 2] >= 11) & (box[:, 2] <= 30)
-    names = [(SHAPES[s], list(COLORS)[c]) for s, c in zip(shape, apart.argmin(1))]
-    return [Object(*n, *b) if fine else None for n, b, fine in zip(names, box.tolist(), good)]
+        h, rise = (w * TALL, w * TALL / 6) if shape == "triangle" else (w, 0)
+        template = coverage(shape, grid - x, (grid - y + rise)[:, None], w)
+        overlap = np.minimum(alpha, template).sum() / np.maximum(alpha, template).sum()
+        fitted.append((overlap, shape, [float(v) for v in (x, y - rise, w, h)]))
+    (second, *_), (best, shape, box) = sorted(fitted)[1:]
+    apart = np.linalg.norm(ray + BACKGROUND - PALETTE, axis=1)
+    if best < SURE or best - second < MARGIN or apart.min() > NEAR or not 11 <= box[2] <= 30:
+        return None
+    return Object(shape, list(COLORS)[apart.argmin()], *box)
 
 
 def find_objects(images):
     """uint8 (B, 64, 64, 3) -> for each picture the Objects in it; None = a region of more than
-    12 px2 that no template fits. Exact geometry, nothing learned."""
-    found = [[] for _ in images]
-    for start in range(0, len(images), 16):  # small blocks stay in the cache
-        block = images[start : start + 16]
-        label = regions(color_classes(block))
-        solid = label >= 0
-        area = np.bincount(label[solid])
-        owner = np.zeros(len(area), int)
-        owner[label[solid]] = np.nonzero(solid)[0]
-        number = np.flatnonzero(area > SPECK)
-        if len(number):
-            owner = owner[number]
-            own = label[owner] == number[:, None, None]  # (n, 64, 64)
-            masks = (torch.from_numpy(mask) for mask in (own, solid[owner] & ~own))
-            view = torch.from_numpy(block).float()[owner]
-            for index, item in zip(owner, fit_objects(view, *masks)):
-                found[start + index].append(item)
+    12 px2 that no template fits. Exact geometry, nothing learned; numpy, as torch's threads wait
+    for one another on such small arrays."""
+    found = []
+    for image in images:
+        offset = image - np.float32(BACKGROUND)
+        classes = color_classes(offset)
+        masks = regions(classes)
+        found.append([fit_object(offset, own, (classes >= 0) & ~own) for own in masks])
     return found
 
 
@@ -470,25 +390,21 @@ def judge(prompt, found, strict=True):
     Strict: exactly those objects and nothing else, and a named relation holds. Loose, as GenEval:
     further objects are free, but for more of the counted kind in counting.
     """
-
-    def fits(pair, item):
-        return item and pair[0] in (None, item.shape) and pair[1] in (None, item.color)
-
-    if strict and len(found) != len(prompt.objects):
+    items, n = [item for item in found if item], len(prompt.objects)
+    if strict and len(found) != n:
         return False
     if prompt.category == "counting":
-        return sum(bool(fits(prompt.objects[0], o)) for o in found) == len(prompt.objects)
-    for chosen in permutations(found, len(prompt.objects)):
-        named = all(fits(pair, item) for pair, item in zip(prompt.objects, chosen))
-        if named and (not prompt.relation or prompt.relation in relation(*chosen)):
-            return True
-    return False
+        return sum(fits(prompt.objects[0], item) for item in items) == n
+    choices = [c for c in permutations(items, n) if all(map(fits, prompt.objects, c))]
+    return any(not prompt.relation or prompt.relation in relation(*c) for c in choices)
 
 
 # --------------------------------------------------------------------------------- image towers
 
+EXAMPLE_TOWER = "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m"
 
-class Tower(nn.Module):
+
+class Tower(torch.nn.Module):
     """A frozen timm model: float (B, 3, side, side) in 0..1 -> patch tokens (B, tokens, C)."""
 
     def __init__(self, model, tokens, mean, std):
@@ -514,10 +430,8 @@ def pool_tokens(tokens, n):
     if side * side != tokens.shape[1] or target * target != n:
         raise ValueError(f"expected square grids, got {tokens.shape[1]} tokens to pool to {n}")
     grid = tokens.transpose(1, 2).unflatten(2, (side, side))  # (B, C, side, side)
-    return F.adaptive_avg_pool2d(grid, target).flatten(2).transpose(1, 2)  # (B, n, C)
-
-
-EXAMPLE_TOWER = "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m"
+    grid = torch.nn.functional.adaptive_avg_pool2d(grid, target)
+    return grid.flatten(2).transpose(1, 2)  # (B, n, C)
 
 
 def open_tower(name, tokens=64, weights=None):
@@ -526,154 +440,120 @@ def open_tower(name, tokens=64, weights=None):
     weights: None = timm's own from the hub, a file of them, or "untrained" (for tests).
     ValueError where the name, the file or the network does not give the tower that was asked for.
     """
-    patch = re.search(r"patch(\d+)", name)
-    if not patch or not timm.is_model(name.split(".")[0]):
+    patch, base = re.search(r"patch(\d+)", name), name.split(".")[0]
+    if not patch or not timm.is_model(base):
         raise ValueError(f"tower {name!r} is unknown: expected a timm ViT, e.g. {EXAMPLE_TOWER}")
     eight = 8 * int(patch[1])  # the grid is a multiple of 8 patches, the side near 224 px
     side = eight * max(1, round(224 / eight))
-    config = timm.models.get_pretrained_cfg(name)
-    tagged = name if "." in name else f"{name}.{config.tag if config else None}"
-    right = tagged.replace("_clip_2", "_clip_quickgelu_2").replace("_clip_3", "_clip_quickgelu_3")
+    tagged = f"{base}.{getattr(timm.models.get_pretrained_cfg(name), 'tag', '')}"
+    right = re.sub(r"_clip_(\d)", r"_clip_quickgelu_\1", tagged)
     if right != tagged and right in timm.list_pretrained():
         # timm builds these weights with plain GELU and says nothing; the features are wrong.
         raise ValueError(f"these weights need QuickGELU: use {right} instead of {name}")
-    overlay = None if weights in (None, "untrained") else {"file": str(weights)}
-    if overlay and not os.path.isfile(weights):
-        raise ValueError(f"no weights file {weights}")
+    file = weights and {"file": str(weights)}
+    options = {"num_classes": 0, "img_size": side, "pretrained_cfg_overlay": file}
     try:
-        options = {"num_classes": 0, "img_size": side, "pretrained_cfg_overlay": overlay}
         model = timm.create_model(name, pretrained=weights != "untrained", **options)
     except Exception as error:  # the hub, safetensors and timm each have their own kinds
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"cannot open tower {name}: {reason}") from error
+        source = weights or "timm's hub"
+        raise ValueError(f"cannot open tower {name} from {source}: {error!r}") from error
     facts = {"mean": model.pretrained_cfg["mean"], "std": model.pretrained_cfg["std"], "side": side}
     return Tower(model, tokens, facts["mean"], facts["std"]), facts
 
 
 # ---------------------------------------------------------------------------------- real photos
 
-IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
+KINDS = {"txt": "txt"} | dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image")
 MAX_BYTES, MAX_PIXELS = 64 * 2**20, 40_000_000
 MIN_SIDE, MAX_ASPECT = 8, 3  # px; the longer side divided by the shorter
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit and its warning: ours is lower
 
 
 def expand_sources(sources):
     """Glob patterns or paths -> sorted paths of tar shards, .tsv tables and folders."""
     paths = []
     for pattern in [sources] if isinstance(sources, (str, Path)) else sources:
-        pattern = str(pattern)
-        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-        if not found:
-            raise ValueError(f"no file or folder matches {pattern!r}")
-        paths += found
+        paths += sorted(glob.glob(str(pattern))) or [str(pattern)]
     for path in paths:
-        if not (os.path.isdir(path) or path.endswith((".tar", ".tar.gz", ".tgz", ".tsv"))):
+        tar_or_table = path.endswith((".tar", ".tar.gz", ".tgz", ".tsv")) and os.path.isfile(path)
+        if not (tar_or_table or os.path.isdir(path)):
             raise ValueError(f"{path} is not a .tar shard, a .tsv table or a folder")
     return list(dict.fromkeys(paths))
 
 
 def decode_image(data):
     """Bytes of an image file -> upright RGB PIL image; ValueError with the reason to drop it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's warnings on size and palettes are handled here
-        too_large = f"more than {MAX_PIXELS // 1_000_000} megapixels"
-        try:
-            image = Image.open(io.BytesIO(data))
-        except Image.DecompressionBombError as error:
-            raise ValueError(too_large) from error
-        except Exception as error:
-            raise ValueError("not an image") from error
-        if image.width * image.height > MAX_PIXELS:  # known from the header, before decoding
-            raise ValueError(too_large)
-        if min(image.size) < MIN_SIDE:
-            raise ValueError(f"a side under {MIN_SIDE} px")
-        if max(image.size) > MAX_ASPECT * min(image.size):
-            raise ValueError(f"aspect beyond {MAX_ASPECT}")
-        try:
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
-        except Exception as error:  # Pillow's plugins raise nearly anything on broken data
-            raise ValueError("broken image") from error
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Exception as error:
+        raise ValueError("not an image") from error
+    short, long = sorted(image.size)  # known from the header, before decoding
+    if short * long > MAX_PIXELS:
+        raise ValueError(f"more than {MAX_PIXELS // 1_000_000} megapixels")
+    if short < MIN_SIDE or long > MAX_ASPECT * short:
+        raise ValueError(f"a side under {MIN_SIDE} px or aspect beyond {MAX_ASPECT}")
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to white
+            image = Image.fromarray(np.clip(np.asarray(image) / 257, 0, 255).astype(np.uint8))
+        white, image = Image.new("RGBA", image.size, "white"), image.convert("RGBA")
+        return Image.alpha_composite(white, image).convert("RGB")
+    except Exception as error:  # Pillow's plugins raise nearly anything on broken data
+        raise ValueError("broken image") from error
 
 
-def to_rgb(image):
-    """Any mode of PIL image -> RGB: 16 bits scaled, transparency on white."""
-    if image.mode.startswith("I"):
-        # 16 bits: Pillow's own conversion clips, which makes nearly all of it white.
-        image = Image.fromarray(np.clip(np.asarray(image) / 257, 0, 255).astype(np.uint8))
-    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+def head(file):
+    """The bytes of a file, cut beyond MAX_BYTES."""
+    with open(file, "rb") as data:
+        return data.read(MAX_BYTES + 1)
 
 
 def entries(path):
-    """(name, size, function that reads it) of each file in a tar, a table's rows or a folder."""
+    """(name, bytes cut beyond MAX_BYTES) of each file in a tar, a table's rows or a folder."""
     if os.path.isdir(path):
-        for file in sorted(Path(path).rglob("*")):
-            if file.is_file():
-                yield str(file), file.stat().st_size, file.read_bytes
+        files = filter(Path.is_file, sorted(Path(path).rglob("*")))
+        yield from ((str(file), head(file)) for file in files)
     elif path.endswith(".tsv"):
         with open(path, "rb") as table:  # not csv, which merges rows that begin with a quote
             for number, line in enumerate(table):
                 caption, _, name = line.rstrip(b"\r\n").partition(b"\t")
                 image = Path(path).parent / os.fsdecode(name)
-                yield f"{number}.txt", len(caption), io.BytesIO(caption).read
+                yield f"{number}.txt", caption
                 if image.is_file():
-                    yield f"{number}{image.suffix}", image.stat().st_size, image.read_bytes
+                    yield f"{number}{image.suffix}", head(image)
     else:
         with tarfile.open(path, "r|*") as shard:
-            for member in shard:
+            for member in filter(tarfile.TarInfo.isfile, shard):
                 shard.members = []  # tarfile remembers every member otherwise
-                if member.isfile():
-                    yield member.name, member.size, shard.extractfile(member).read
-        if path.endswith(".tar"):  # tarfile takes a cut within a header for the end
-            with open(path, "rb") as file:
-                file.seek(-512, os.SEEK_END)
-                if any(file.read()):
+                data = shard.extractfile(member).read(MAX_BYTES + 1)
+                if len(data) < min(member.size, MAX_BYTES + 1):
                     raise EOFError
+                yield member.name, data
+        # tarfile takes a cut within a header for the end
+        if path.endswith(".tar") and np.memmap(path, mode="r")[-512:].any():
+            raise EOFError
 
 
-def raw_samples(path, dropped):
-    """(key, {"image": bytes, "txt": bytes}) of neighbouring files of one name; None = too large."""
-    key, parts, seen = None, {}, set()
+def members(path, dropped):
+    """(key, "image" or "txt", bytes) of each file that matters; a broken tar ends early."""
     try:
-        for name, size, read in entries(path):
-            stem, _, kind = os.path.basename(name).partition(".")
-            kind = "image" if kind.lower() in IMAGE_KINDS else kind.lower()
-            if not stem or kind not in ("image", "txt"):
-                continue
-            if (own := os.path.join(os.path.dirname(name), stem)) != key:
-                if parts:
-                    yield key, parts
-                seen.add(key)
-                key, parts = own, {}
-            if kind in parts or key in seen:
-                dropped["duplicate key"] += kind == "image"
-                continue
-            data = read() if size <= MAX_BYTES else None
-            if data is not None and len(data) < size:
-                raise EOFError
-            parts[kind] = data
+        for name, data in entries(path):
+            stem, _, ending = os.path.basename(name).partition(".")
+            if stem and ending.lower() in KINDS:
+                yield os.path.join(os.path.dirname(name), stem), KINDS[ending.lower()], data
     except (tarfile.TarError, EOFError, OSError, zlib.error):
         dropped["truncated shard"] += 1
-        parts = parts if len(parts) == 2 else {}
-    if parts:
-        yield key, parts
 
 
 def open_sample(parts):
     """{"image": bytes, "txt": bytes} -> RGB image, caption; ValueError with the reason to drop."""
-    if None in parts.values():
-        raise ValueError(f"file over {MAX_BYTES // 2**20} MB")
     if len(parts) < 2:
         raise ValueError("missing caption" if "image" in parts else "missing image")
-    try:
-        caption = " ".join(parts["txt"].decode("utf-8-sig").split())
-    except UnicodeDecodeError as error:
-        raise ValueError("caption is not UTF-8") from error
-    if not caption:
-        raise ValueError("empty caption")
+    if max(map(len, parts.values())) > MAX_BYTES:
+        raise ValueError(f"file over {MAX_BYTES // 2**20} MB")
+    caption = " ".join(parts["txt"].decode("utf-8-sig", "replace").split())
+    if not caption or "\ufffd" in caption:
+        raise ValueError("caption is not UTF-8" if caption else "empty caption")
     return decode_image(parts["image"]), caption
 
 
@@ -683,19 +563,24 @@ def read_samples(sources, dropped):
     What is wrong with a sample drops it and is counted by reason in `dropped`, a Counter.
     """
     for path in expand_sources(sources):
-        for key, parts in raw_samples(path, dropped):
+        seen = set()
+        for key, group in groupby(members(path, dropped), key=lambda member: member[0]):
+            files = [member[1:] for member in group]
+            parts = dict(reversed(files))  # the first of each kind
+            dropped.update(["duplicate key"] * (len(files) - len(parts)))
             try:
-                sample = open_sample(parts)
+                if key in seen:
+                    raise ValueError("duplicate key")
+                yield key, *open_sample(parts)
             except ValueError as error:
                 dropped[str(error)] += 1
-            else:
-                yield key, *sample
+            seen.add(key)
 
 
 def square(image, side):
     """The central square of a PIL image, resized -> uint8 (side, side, 3)."""
-    image = V.center_crop(image, [min(image.size)] * 2)
-    return np.asarray(V.resize(image, [side, side], InterpolationMode.BICUBIC, antialias=True))
+    image = v2.functional.center_crop(image, [min(image.size)] * 2)
+    return np.asarray(v2.functional.resize(image, [side, side], InterpolationMode.BICUBIC))
 
 
 # ------------------------------------------------------------------------------ the prepared set
@@ -704,108 +589,84 @@ FORMAT = 1  # of the folder; raise it when an older folder must not be read
 CHUNK = 1000  # scenes between two commits
 
 
-def write_json(path, value):
-    """Writes JSON whole or not at all."""
-    temporary = Path(f"{path}.part")
-    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def is_finished(out, settings):
     """True for a finished set with these settings; ValueError where others lie in the folder."""
     for path in (Path(out) / "meta.json", Path(out) / "progress.json"):
         if path.is_file():
-            old = json.loads(path.read_text(encoding="utf-8"))["settings"]
-            wrong = [f"{k} {old.get(k)}, not {v}" for k, v in settings.items() if old.get(k) != v]
-            if wrong:
-                advice = "choose another --out, or delete the folder"
-                raise ValueError(f"{out} was prepared with {', '.join(wrong)}: {advice}")
-    if (Path(out) / "meta.json").is_file():
-        print(f"{out}: already prepared, reused")
-        return True
-    return False
+            old = json.loads(path.read_text())["settings"]
+            if old != settings:
+                raise ValueError(f"{out} was prepared with other settings, {old}: delete it first")
+            return path.name == "meta.json"
 
 
-class SetWriter:
-    """Writes a prepared set row by row; what was committed survives a kill.
+def write_json(path, value):
+    """Writes JSON whole or not at all."""
+    Path(f"{path}.part").write_text(json.dumps(value, indent=1))
+    os.replace(f"{path}.part", path)
 
-    Each array is a growing .npy file: rows are appended raw, the header is filled in at the end.
+
+def write_set(out, settings, sources, read, extra=()):
+    """Writes what read(source, dropped) yields: [texts], {name: rows}; resumes at a source.
+
+    Rows are appended to raw files, which a later run cuts to their lengths in progress.json.
     """
-
-    HEADER = 128  # bytes, what numpy writes for short shapes
-
-    def __init__(self, out, settings):
-        self.out, path = Path(out), Path(out) / "progress.json"
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.state = {"settings": settings, "units": 0, "arrays": {}, "dropped": {}}
-        if path.is_file():
-            self.state = json.loads(path.read_text(encoding="utf-8"))
-        self.dropped = self.state["dropped"] = Counter(self.state["dropped"])
-        self.arrays = self.state["arrays"]  # name -> [dtype, shape]
-        for name, (dtype, shape) in self.arrays.items():
-            size = math.prod(shape) * np.dtype(dtype).itemsize
-            os.truncate(self.out / f"{name}.npy", self.HEADER + size)
-
-    def append(self, texts, arrays):
-        """Adds n samples: n dicts, and {name: array (n, ...)}."""
-        lines = [json.dumps(text, ensure_ascii=False).encode() + b"\n" for text in texts]
-        ends = self.rows("text") + np.cumsum([len(line) for line in lines], dtype=np.int64)
-        text = np.frombuffer(b"".join(lines), np.uint8)
-        for name, array in {**arrays, "text": text, "text_index": ends}.items():
-            first = name not in self.arrays
-            _, shape = self.arrays.setdefault(name, [array.dtype.str, [0, *array.shape[1:]]])
-            with open(self.out / f"{name}.npy", "wb" if first else "ab") as file:
-                file.write(bytes(self.HEADER if first else 0) + array.tobytes())
-            shape[0] += len(array)
-
-    def rows(self, name):
-        """How many rows an array has so far."""
-        return self.arrays[name][1][0] if name in self.arrays else 0
-
-    def commit(self):
-        """One more unit (a chunk of scenes, a shard) is whole: a later run goes on after it."""
-        self.state["units"] += 1
-        write_json(self.out / "progress.json", self.state)
-
-    def finish(self, features=None):
-        """Writes the headers; the folder counts as finished once meta.json exists."""
-        if not self.rows("images"):
-            raise ValueError(f"no usable sample: {dict(self.dropped)}")
-        for name, (dtype, shape) in self.arrays.items():
-            with open(self.out / f"{name}.npy", "r+b") as file:
-                header = {"descr": dtype, "fortran_order": False, "shape": tuple(shape)}
-                np.lib.format.write_array_header_1_0(file, header)
-                assert file.tell() == self.HEADER, file.tell()
-        meta = {"version": FORMAT, "features": features, "count": self.rows("images")}
-        write_json(self.out / "meta.json", {**meta, **self.state})
-        (self.out / "progress.json").unlink()
-        return PreparedSet(self.out)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    state = {"settings": settings, "units": 0, "count": 0, "arrays": {}, "dropped": {}}
+    if (out / "progress.json").is_file():
+        state = json.loads((out / "progress.json").read_text())
+    arrays, dropped = state["arrays"], Counter(state["dropped"])
+    for file in out.glob("*.raw"):
+        os.truncate(file, arrays.get(file.stem, [0])[0])
+    with tqdm(initial=state["count"], unit="image", desc=settings["kind"]) as bar:
+        for source in sources[state["units"] :]:
+            for texts, rows in read(source, dropped):
+                lines = [json.dumps(text, ensure_ascii=False).encode() for text in texts]
+                ends = arrays.get("text", [0])[0] + np.cumsum([len(line) for line in lines])
+                rows |= {"text": np.frombuffer(b"".join(lines), np.uint8), "text_index": ends}
+                for name, array in rows.items():
+                    entry = arrays.setdefault(name, [0, array.dtype.str, array.shape[1:]])
+                    entry[0] += array.nbytes
+                    with open(out / f"{name}.raw", "ab") as file:
+                        file.write(array.tobytes())
+                state["count"] += len(texts)
+                bar.update(len(texts))
+            state |= {"units": state["units"] + 1, "dropped": dropped}
+            write_json(out / "progress.json", state)
+    lost, kept = sum(dropped.values()), state["count"]
+    warning = "WARNING: MORE THAN HALF OF THE SAMPLES ARE LOST:" if lost > kept else ""
+    print(warning, f"{kept} samples kept, {lost} dropped", dict(dropped.most_common()) or "")
+    if not kept:
+        raise ValueError(f"no usable sample: {dict(dropped)}")
+    for name, (_, dtype, shape) in arrays.items():
+        raw = np.memmap(out / f"{name}.raw", dtype, "r").reshape(-1, *shape)  # (rows, ...)
+        np.save(out / f"{name}.npy", raw)
+    write_json(out / "meta.json", {"version": FORMAT, "features": None, **state, **dict(extra)})
+    for file in [*out.glob("*.raw"), out / "progress.json"]:
+        file.unlink()
+    return PreparedSet(out)
 
 
 class PreparedSet:
     """A finished folder of `prepare_shapes` or `prepare_photos`, opened as memory maps.
 
     images: uint8 (N, S, S, 3); features: float16 (N, tokens, C) or None; train_ids, val_ids:
-    the rows of each split (the last 2 % or 500 validate, at most half). ValueError if unfinished.
+    the rows of each split (2 % or 500 validate, at most half). ValueError if unfinished.
     """
 
     def __init__(self, folder):
-        folder = Path(folder)
-        if not (folder / "meta.json").is_file():
+        if not (Path(folder) / "meta.json").is_file():
             raise ValueError(f"{folder} is not a prepared set: run data.py first")
-        self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.meta = json.loads((Path(folder) / "meta.json").read_text())
         if self.meta["version"] != FORMAT:
-            raise ValueError(
-                f"{folder} has format {self.meta['version']}, not {FORMAT}: prepare anew"
-            )
-        self.images = np.load(folder / "images.npy", mmap_mode="r")
-        self._text = np.load(folder / "text.npy", mmap_mode="r")
-        self._ends = np.load(folder / "text_index.npy", mmap_mode="r")
-        name = self.meta["features"]
-        self.features = np.load(folder / f"{name}.npy", mmap_mode="r") if name else None
-        validation = min(max(len(self) // 50, 500), len(self) // 2)
-        self.train_ids = np.arange(len(self) - validation)
-        self.val_ids = np.arange(len(self) - validation, len(self))
+            raise ValueError(f"{folder} has format {self.meta['version']}, not {FORMAT}")
+        names = ("images", "text", "text_index", self.meta["features"])
+        maps = [name and np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in names]
+        self.images, self._text, self._ends, self.features = maps
+        order, count = np.arange(len(self)), min(max(len(self) // 50, 500), len(self) // 2)
+        if self.meta["settings"]["kind"] == "photos":  # the last shard may differ from the others
+            order = np.random.default_rng(0).permutation(len(self))
+        self.train_ids, self.val_ids = map(np.sort, np.split(order, [len(self) - count]))
 
     def __len__(self):
         return len(self.images)
@@ -823,19 +684,15 @@ def prepare_shapes(out, count=60000, seed=0):
         raise ValueError(f"count must be at least 2, got {count}")
     if is_finished(out, settings):
         return PreparedSet(out)
-    writer = SetWriter(out, settings)
-    done = writer.state["units"]
-    with tqdm(total=count, initial=min(count, done * CHUNK), unit="scene", desc="shapes") as bar:
-        for start in range(done * CHUNK, count, CHUNK):
-            rng = np.random.default_rng([seed, start])
-            prompts = category_prompts(rng, min(CHUNK, count - start))
-            images, scenes = draw_scenes(prompts, rng)
-            rows = enumerate(zip(prompts, scenes), start)
-            texts = [scene_texts(*row, seed, index) for index, row in rows]
-            writer.append(texts, {"images": images})
-            writer.commit()
-            bar.update(len(images))
-    return writer.finish()
+
+    def read(start, _):
+        rng = np.random.default_rng([seed, start])
+        prompts = category_prompts(rng, min(CHUNK, count - start))
+        images, scenes = draw_scenes(prompts, rng)
+        rows = enumerate(zip(prompts, scenes), start)
+        yield [scene_texts(*row, seed, i) for i, row in rows], {"images": images}
+
+    return write_set(out, settings, range(0, count, CHUNK), read)
 
 
 def prepare_photos(sources, out, size=64, tower=None, tokens=64, weights=None, device="cpu"):
@@ -851,67 +708,42 @@ def prepare_photos(sources, out, size=64, tower=None, tokens=64, weights=None, d
         raise ValueError(f"size must be at least {MIN_SIDE} px, got {size}")
     if is_finished(out, settings):
         return PreparedSet(out)
-    writer, name = SetWriter(out, settings), None
+    extra = {}
     if tower:
         model, facts = open_tower(tower, tokens, weights)
-        try:
-            model.to(device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"cannot use device {device!r}: {error}".split("\n")[0]) from error
+        model.to(device)
         name = f"features-{tower}-{facts['side']}px-{tokens}"
-        write_json(writer.out / f"{name}.json", {**settings, **facts, "timm": timm.__version__})
-    with tqdm(initial=writer.rows("images"), unit="image", desc="photos") as bar:
-        for path in paths[writer.state["units"] :]:
-            samples = read_samples(path, writer.dropped)
-            while batch := list(islice(samples, 32)):
-                arrays = {"images": np.stack([square(image, size) for _, image, _ in batch])}
-                if tower:
-                    views = np.stack([square(image, facts["side"]) for _, image, _ in batch])
-                    arrays[name] = tower_features(model, views, device)
-                texts = [{"caption": text, "clean": None, "qa": []} for _, _, text in batch]
-                writer.append(texts, arrays)
-                bar.update(len(batch))
-            writer.commit()
-    report_dropped(writer.dropped, writer.rows("images"))
-    return writer.finish(name)
+        extra = {"features": name, "tower": {**facts, "timm": timm.__version__}}
 
+    def read(path, dropped):
+        samples = read_samples(path, dropped)
+        while batch := list(islice(samples, 32)):
+            rows = {"images": np.stack([square(image, size) for _, image, _ in batch])}
+            if tower:
+                views = np.stack([square(image, facts["side"]) for _, image, _ in batch])
+                pixels = torch.from_numpy(views).to(device).permute(0, 3, 1, 2) / 255  # (B, 3, ...)
+                rows[name] = model(pixels).half().cpu().numpy()
+            yield [{"caption": text, "clean": None, "qa": []} for _, _, text in batch], rows
 
-@torch.inference_mode()
-def tower_features(model, views, device):
-    """uint8 (B, side, side, 3) -> float16 array (B, tokens, C)."""
-    pixels = torch.from_numpy(views).to(device).permute(0, 3, 1, 2).float() / 255
-    return model(pixels).half().cpu().numpy()
-
-
-def report_dropped(dropped, kept):
-    """Prints how many samples were kept and lost, and why; loudly if more than half are lost."""
-    lost = sum(dropped.values())
-    reasons = ", ".join(f"{reason}: {n}" for reason, n in dropped.most_common())
-    print(f"{kept} samples kept, {lost} dropped" + (f" ({reasons})" if lost else ""))
-    if lost > kept:
-        print(f"WARNING: MORE THAN HALF OF THE SAMPLES ARE LOST ({reasons})", file=sys.stderr)
+    return write_set(out, settings, paths, read, extra)
 
 
 def main(arguments=None):
     """The command line; what a user can get wrong ends in one line and exit code 2."""
     parser = argparse.ArgumentParser(description="Prepare a training set once, as memory maps.")
     commands = parser.add_subparsers(dest="kind", required=True)
-    shapes = commands.add_parser("shapes", help="draw coloured shapes with captions and questions")
-    shapes.add_argument(
-        "--out", default="data/shapes", help="folder to write (default %(default)s)"
-    )
-    shapes.add_argument("--count", type=int, default=60000, help="scenes (default %(default)s)")
-    shapes.add_argument("--seed", type=int, default=0, help="other scenes (default %(default)s)")
-    photos = commands.add_parser("photos", help="read photos with captions")
-    photos.add_argument("sources", nargs="+", help=".tar shards, .tsv tables, folders; globs too")
-    photos.add_argument(
-        "--out", default="data/photos", help="folder to write (default %(default)s)"
-    )
-    photos.add_argument("--size", type=int, default=64, help="px, square (default %(default)s)")
-    photos.add_argument("--tower", help=f"timm tower to store features of, e.g. {EXAMPLE_TOWER}")
-    photos.add_argument("--weights", help="file of its weights, or untrained (default: timm's hub)")
-    photos.add_argument("--tokens", type=int, default=64, help="vectors an image (default 64)")
-    photos.add_argument("--device", default="cpu", help="of the tower (default %(default)s)")
+    add = commands.add_parser("shapes", help="draw coloured shapes with texts").add_argument
+    add("--out", default="data/shapes", help="folder to write (default %(default)s)")
+    add("--count", type=int, default=60000, help="scenes (default %(default)s)")
+    add("--seed", type=int, default=0, help="other scenes (default %(default)s)")
+    add = commands.add_parser("photos", help="read photos with captions").add_argument
+    add("sources", nargs="+", help=".tar shards, .tsv tables, folders; globs too")
+    add("--out", default="data/photos", help="folder to write (default %(default)s)")
+    add("--size", type=int, default=64, help="px, square (default %(default)s)")
+    add("--tower", help=f"timm tower to store features of, e.g. {EXAMPLE_TOWER}")
+    add("--weights", help="file of its weights, or untrained (default: timm's hub)")
+    add("--tokens", type=int, default=64, help="vectors an image (default %(default)s)")
+    add("--device", default="cpu", help="of the tower (default %(default)s)")
     options = vars(parser.parse_args(arguments))
     prepare = {"shapes": prepare_shapes, "photos": prepare_photos}[options.pop("kind")]
     try:

@@ -8,14 +8,15 @@ command again continues. See data.py for the set, sample.py for pictures and sco
 """
 
 import argparse
-import csv
+import ctypes
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,11 @@ import model as M
 from data import PreparedSet
 
 STAGES = ("clip", "vae", "cache", "understand", "generate", "tune", "decode")
-VERSION = 1
+VERSION = 1  # of the checkpoints
+# the optimiser's matrices: adaLN's are wide, so that orthogonalising them costs more than it gains
+MUON = r"blocks\.(?!.*modulation)"
+HARMLESS = {"data", "out", "device", "precision", "compile", "save_every", "strip_every"}
+DESCRIBE = "describe"  # the question whose answer is the caption
 
 
 def flag(default, text: str, choices: tuple = ()):
@@ -47,46 +52,46 @@ class Config:
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
     precision: str = flag("auto", "of the matmuls", ("auto", "fp32", "bf16", "fp16"))
     compile: str = flag("auto", "torch.compile", ("auto", "on", "off"))
-    optimizer: str = flag("adamw", "muon has adamw for all but matrices", ("adamw", "muon"))
+    optimizer: str = flag("muon", "muon has adamw for all but matrices", ("adamw", "muon"))
     joint: bool = flag(False, "train the backbone during generation too")
     tokens: int = flag(64, "vectors of an image, and learned queries")
-    channels: int = flag(16, "width of the treated vectors")
+    channels: int = flag(32, "width of the treated vectors")
     treatment: str = flag("standardise", "of the vectors", ("standardise", "whiten"))
     head_dim: int = flag(64, "width of an attention head")
     clip_width: int = flag(128, "width of the tiny CLIP's towers")
-    clip_depth: int = flag(4, "blocks of the tiny CLIP's image tower")
-    clip_noise: float = flag(0.2, "noise on the vectors that the tiny CLIP's losses read")
-    pixel_weight: float = flag(5.0, "weight of the pixel loss beside the contrastive one")
+    clip_depth: int = flag(3, "blocks of the tiny CLIP's image tower")
+    clip_noise: float = flag(0.1, "noise on the vectors that the tiny CLIP's losses read")
+    pixel_weight: float = flag(20.0, "weight of the pixel loss beside the contrastive one")
     vae_width: int = flag(48, "channels of the VAE")
     vae_depth: int = flag(2, "residual blocks of its encoder and of its decoder")
-    width: int = flag(192, "width of the backbone")
+    width: int = flag(128, "width of the backbone")
     depth: int = flag(4, "blocks of the backbone")
-    dit_width: int = flag(192, "width of the flow head")
+    dit_width: int = flag(128, "width of the flow head")
     dit_depth: int = flag(5, "blocks of the flow head")
     dit_patch: int = flag(2, "neighbouring vectors per token of the flow head, a side")
     predicts: str = flag("x", "of the flow head: data or velocity", ("x", "v"))
-    decoder_width: int = flag(192, "width of the decoder")
-    decoder_depth: int = flag(3, "blocks of the decoder")
+    decoder_width: int = flag(128, "width of the decoder")
+    decoder_depth: int = flag(4, "blocks of the decoder")
     decoder_patch: int = flag(2, "neighbouring latents per token of the decoder, a side")
-    decoder_noise: float = flag(0.3, "largest noise on the vectors that the decoder learns from")
-    clip_steps: int = flag(250, "steps of stage clip")
-    vae_steps: int = flag(300, "steps of stage vae")
-    understand_steps: int = flag(200, "steps of stage understand")
-    generate_steps: int = flag(800, "steps of stage generate")
-    tune_steps: int = flag(400, "steps of stage tune")
-    decode_steps: int = flag(300, "steps of stage decode")
-    clip_batch: int = flag(96, "images a step of stage clip")
-    vae_batch: int = flag(32, "images a step of stage vae")
-    understand_batch: int = flag(32, "sequences a step of stage understand")
-    generate_batch: int = flag(32, "prompts a step of stages generate and tune")
-    decode_batch: int = flag(64, "images a step of stage decode")
+    decoder_noise: float = flag(0.5, "largest noise on the vectors that the decoder learns from")
+    clip_steps: int = flag(550, "steps of stage clip")
+    vae_steps: int = flag(950, "steps of stage vae")
+    understand_steps: int = flag(280, "steps of stage understand")
+    generate_steps: int = flag(500, "steps of stage generate")
+    tune_steps: int = flag(550, "steps of stage tune")
+    decode_steps: int = flag(650, "steps of stage decode")
+    clip_batch: int = flag(24, "images a step of stage clip")
+    vae_batch: int = flag(16, "images a step of stage vae")
+    understand_batch: int = flag(16, "sequences a step of stage understand")
+    generate_batch: int = flag(16, "prompts a step of stages generate and tune")
+    decode_batch: int = flag(32, "images a step of stage decode")
     draws: int = flag(8, "noise draws for each prompt, sharing one pass of the backbone")
     text_tokens: int = flag(96, "longest prompt in tokens")
     drop: float = flag(0.1, "share of conditions replaced by zeros, for guidance")
     shift: float = flag(1.0, "schedule shift of generation; above 1 more time near noise")
     broad_share: float = flag(0.25, "share of pretraining captions while tuning")
-    lr: float = flag(2e-3, "peak learning rate")
-    tune_lr: float = flag(1e-3, "peak learning rate of stage tune")
+    lr: float = flag(3e-3, "peak learning rate")
+    tune_lr: float = flag(2e-3, "peak learning rate of stage tune")
     warmup: int = flag(30, "steps of linear warm-up")
     cooldown: float = flag(0.3, "share of steps of linear cool-down at the end")
     weight_decay: float = flag(0.01, "decoupled, on matrices")
@@ -159,13 +164,17 @@ def resolve_machine(c: Config) -> tuple[torch.device, torch.dtype | None, bool]:
         precision = "bf16" if native else "fp16" if device == "cuda" else "fp32"
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     compiler = any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
-    compile = c.compile == "on" or (c.compile == "auto" and device != "mps" and compiler)
+    compile = compiler and (c.compile == "on" or (c.compile == "auto" and device == "cuda"))
     print(
         f"device {device}, precision {precision}, compile {'on' if compile else 'off'}"
         f"{'' if compiler else ' (no C++ compiler)'}, {torch.get_num_threads()} threads"
     )
     torch.set_float32_matmul_precision("high")
     torch.set_flush_denormal(True)  # early steps are several times slower without it on a CPU
+    if device == "cpu" and sys.platform == "linux":
+        # keep freed memory: glibc hands large blocks back, and each step pays page faults for them
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
+            ctypes.CDLL(None).mallopt(option, value)
     return torch.device(device), dtype, compile
 
 
@@ -208,92 +217,87 @@ def load_model(path: Path) -> tuple[M.BLIP3o, M.Tokenizer, Config, dict]:
 
 
 class Run:
-    """A run: its settings, set, model and caches, and the loss of every stage."""
+    """A run: its settings, set, model and caches, and the loss of every stage.
+
+    Each stage has a method STAGE_loss(rng, ids) -> loss, parts to log; ids are rows of the set.
+    """
 
     def __init__(self, config: Config):
-        self.config, self.out = config, Path(config.out)
+        self.config, self.out, self.data = config, Path(config.out), PreparedSet(config.data)
         self.out.mkdir(parents=True, exist_ok=True)
         self.device, self.dtype, compile = resolve_machine(config)
-        self.data = PreparedSet(config.data)
         texts = (self.data.texts(i) for i in self.data.train_ids[:5000])
-        tokenizer = M.Tokenizer.fit(text for entry in texts for text in flat_texts(entry))
-        self.tokenizer, self.side = tokenizer, self.data.images.shape[1]
+        self.tokenizer = M.Tokenizer.fit(text for entry in texts for text in flat_texts(entry))
+        words, side = self.tokenizer.words, self.data.images.shape[1]
         raw = None if self.data.features is None else self.data.features.shape[-1]
         torch.manual_seed(config.seed)
-        self.model = m = M.BLIP3o(config, len(tokenizer), self.side, raw).to(self.device)
+        self.model = m = M.BLIP3o(config, len(self.tokenizer), side, raw).to(self.device)
         if compile:
             for part in (m.backbone.trunk, m.head, m.decoder):
                 part.compile(dynamic=False)
         self.metadata = dict(
-            version=VERSION, config=asdict(config), words=tokenizer.words, side=self.side,
-            raw_channels=raw, data=self.data.meta,
-        )
-        self.features = self.latents = None
+            version=VERSION, config=asdict(config), words=words, side=side, raw_channels=raw,
+            data=self.data.meta["settings"],
+        )  # fmt: skip
 
-    # each stage: what it trains, and a loss of (step's generator, sample ids) -> loss, parts
-
-    def trained(self, stage: str) -> dict[str, nn.Module | nn.Parameter]:
+    def trained(self, stage: str) -> list[nn.Module | nn.Parameter]:
         m = self.model
-        flow = {"head": m.head, "backbone.queries": m.backbone.queries}
-        if self.config.joint:
-            flow = {"head": m.head, "backbone": m.backbone}
+        flow = [m.head, m.backbone if self.config.joint else m.backbone.queries]
         return {
-            "clip": {"clip": m.clip}, "vae": {"vae": m.vae}, "understand": {"backbone": m.backbone},
-            "generate": flow, "tune": flow, "decode": {"decoder": m.decoder},
+            "clip": [m.clip], "vae": [m.vae], "understand": [m.backbone], "generate": flow,
+            "tune": flow, "decode": [m.decoder],
         }[stage]  # fmt: skip
 
     def clip_loss(self, rng, ids):
         captions = [self.data.texts(i)["caption"] for i in ids]
-        rows = [[("user", text), ("bot", None)] for text in captions]
-        tokens = self.build(rows)[0]
+        tokens = self.build([[("user", text), ("bot", None)] for text in captions])[0]
         _, number = np.unique(captions, return_inverse=True)
-        same = torch.from_numpy(number[:, None] == number).to(self.device)
-        parts = self.model.clip(M.to_pixels(self.images(ids)), tokens, same.float())
+        same = torch.from_numpy(number[:, None] == number).to(self.device).float()
+        parts = self.model.clip(self.pixels(ids), tokens, same)
         return parts["contrastive"] + self.config.pixel_weight * parts["pixels"], parts
 
     def vae_loss(self, rng, ids):
-        parts = self.model.vae(M.to_pixels(self.images(ids)))
-        return parts["l1"] + parts["l2"] + 1e-3 * parts["kl"], parts
+        parts = self.model.vae(self.pixels(ids))
+        return parts["error"] + 1e-5 * parts["kl"], parts
 
     def understand_loss(self, rng, ids):
         rows = [understanding_row(self.data.texts(i), rng) for i in ids]
-        tokens, learn = self.build(rows)
-        loss = self.model.backbone(tokens, learn, self.vectors(ids))
-        return loss, {}
+        return self.model.backbone(*self.build(rows), self.cached("features", ids)), {}
 
-    def generate_loss(self, rng, ids, clean: bool = False):
+    def generate_loss(self, rng, ids, broad_share: float = 1.0):
         c, texts = self.config, [self.data.texts(i) for i in ids]
-        use = rng.random(len(ids)) >= (c.broad_share if clean else 1)
-        prompts = [t["clean"] if u and t["clean"] else t["caption"] for t, u in zip(texts, use)]
+        broad = rng.random(len(ids)) < broad_share
+        prompts = [t["caption"] if b or not t["clean"] else t["clean"] for t, b in zip(texts, broad)]
         tokens = self.build([[("user", text), ("queries", None)] for text in prompts])[0]
         if c.joint:
             states = self.model.backbone.states(tokens)[:, -c.tokens :]
         else:
             states = self.model.backbone.query_states(tokens)
-        keep = torch.from_numpy(rng.random(len(ids)) >= c.drop).to(self.device)
-        states = states * keep[:, None, None]
-        losses, t = M.flow_loss(self.model.head, self.vectors(ids), states, c.draws, c.shift)
+        x, states = self.cached("features", ids), states * self.kept(rng, ids)
+        losses, t = M.flow_loss(self.model.head, x, states, c.draws, c.shift)
         return losses.mean(), noise_levels(losses, t)
 
     def tune_loss(self, rng, ids):
-        return self.generate_loss(rng, ids, clean=True)
+        return self.generate_loss(rng, ids, self.config.broad_share)
 
     def decode_loss(self, rng, ids):
-        c, vectors = self.config, self.vectors(ids)
-        strength = torch.rand(len(ids), 1, 1, device=self.device) * c.decoder_noise
-        keep = torch.from_numpy(rng.random(len(ids)) >= c.drop).to(self.device)
-        vectors = (vectors + strength * torch.randn_like(vectors)) * keep[:, None, None]
-        latents = torch.from_numpy(self.latents[ids]).to(self.device).float()
-        losses, t = M.flow_loss(self.model.decoder, latents, vectors)
+        vectors = self.cached("features", ids)
+        strength = torch.rand(len(ids), 1, 1, device=self.device) * self.config.decoder_noise
+        vectors = (vectors + strength * torch.randn_like(vectors)) * self.kept(rng, ids)
+        losses, t = M.flow_loss(self.model.decoder, self.cached("latents", ids), vectors)
         return losses.mean(), noise_levels(losses, t)
 
-    # batches
+    def pixels(self, ids) -> Tensor:
+        return M.to_pixels(torch.from_numpy(self.data.images[ids]).to(self.device))
 
-    def images(self, ids) -> Tensor:
-        return torch.from_numpy(self.data.images[ids]).to(self.device)
+    def cached(self, name: str, ids) -> Tensor:
+        """Rows of the cache "features" or "latents": (B, N, C)."""
+        cache = np.load(self.out / f"{name}.npy", mmap_mode="r")
+        return torch.from_numpy(cache[ids]).to(self.device).float()
 
-    def vectors(self, ids) -> Tensor:
-        return torch.from_numpy(self.features[ids]).to(self.device).float()
+    def kept(self, rng, ids) -> Tensor:
+        """0 for the share of rows whose condition is dropped, else 1: (B, 1, 1)."""
+        return torch.from_numpy(rng.random((len(ids), 1, 1)) >= self.config.drop).to(self.device)
 
     def build(self, rows) -> tuple[Tensor, Tensor]:
         ids, learn = M.build_sequences(self.tokenizer, rows, self.config.tokens)
@@ -305,26 +309,24 @@ def flat_texts(entry: dict) -> list[str]:
 
 
 def understanding_row(entry: dict, rng) -> list[tuple[str, str | None]]:
-    """A training dialogue: an image, its caption and questions in random order.
+    """A dialogue of four questions in random order; the caption comes last, or first and alone.
 
-    A third of the rows has no image but the caption in its place: the questions then teach to read.
+    In a third of the rows the caption stands in the image's place: they teach to read.
     """
-    turns = [[("user", q), ("bot", a)] for q, a in entry["qa"]]
-    describe = [("user", "describe"), ("bot", entry["caption"])]
-    order = rng.permutation(len(turns))
-    turns = [turns[i] for i in order[:4]]
-    if rng.random() < 1 / 3:
-        return [("user", entry["caption"]), *(part for turn in turns for part in turn)]
-    # the caption comes last: questions after it could be answered without looking
-    return [("image", None), *(part for turn in [*turns, describe] for part in turn)]
+    pairs = [entry["qa"][i] for i in rng.permutation(len(entry["qa"]))[:4]]
+    turns = [part for q, a in pairs for part in (("user", q), ("bot", a))]
+    if turns and rng.random() < 1 / 3:
+        return [("user", entry["caption"]), *turns]
+    # behind the caption the questions could be answered without looking
+    return [("image", None), *turns, ("user", DESCRIBE), ("bot", entry["caption"])]
 
 
 def noise_levels(losses: Tensor, t: Tensor, bins: int = 5) -> dict[str, Tensor]:
-    """Mean loss in equal bins of t, the curve that falls where the total looks flat."""
+    """Mean loss in equal bins of t, the curves that fall where the total looks flat."""
     which = (t * bins).long().clamp(max=bins - 1)
     sums = torch.zeros(bins, device=t.device).index_add(0, which, losses.detach())
     counts = torch.bincount(which, minlength=bins).clamp_min(1)
-    return {f"t{i / bins:.1f}": value for i, value in enumerate(sums / counts)}
+    return {f"loss_t{i / bins:.1f}": value for i, value in enumerate(sums / counts)}
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -336,217 +338,256 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, cooldown: flo
     return peak * min(1, (step + 1) / max(1, warmup), left)
 
 
-def make_optimizers(config: Config, parameters: dict[str, nn.Parameter]) -> list:
-    blocks = {n for n, p in parameters.items() if p.ndim == 2 and "blocks." in n}
-    muon = blocks if config.optimizer == "muon" else set()
-    decay = [p for n, p in parameters.items() if p.ndim >= 2 and n not in muon]
-    plain = [p for n, p in parameters.items() if p.ndim < 2]
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (K. Jordan, 2024), for matrices; step size as in torch.optim.Muon.
+
+    torch's own rounds to bf16, which a CPU without AMX emulates at a hundredth of the speed; this
+    one computes in the gradient's precision. A test holds the two together.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalise(p.grad.lerp(momentum, group["momentum"]))  # Nesterov
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+
+
+def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
+    """Newton-Schulz iteration that moves all singular values near 1: (m, n) -> (m, n)."""
+    x = matrix / matrix.norm().clamp_min(1e-7)
+    x = x.T if len(x) > len(x.T) else x
+    for _ in range(steps):
+        a = x @ x.T
+        x = 3.4445 * x + (2.0315 * a @ a - 4.775 * a) @ x
+    return x.T if len(x) != len(matrix) else x
+
+
+def make_optimizers(c: Config, parameters: dict[str, nn.Parameter]) -> list:
+    muon = c.optimizer == "muon"
+    matrix = {n for n, p in parameters.items() if muon and p.ndim == 2 and re.search(MUON, n)}
+    decayed = [p for n, p in parameters.items() if n not in matrix and p.ndim >= 2]
     groups = [
-        {"params": decay, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": c.weight_decay},
+        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)]
-    if muon:
-        matrices = [parameters[n] for n in sorted(muon)]
-        optimizers.append(torch.optim.Muon(
-            matrices, lr=config.lr, weight_decay=config.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        ))  # fmt: skip
+    optimizers = [torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.98), fused=True)]
+    if matrix:
+        matrices = [parameters[n] for n in sorted(matrix)]
+        optimizers.append(Muon(matrices, lr=c.lr, weight_decay=c.weight_decay))
     return optimizers
+
+
+class Trainer:
+    """Optimisers, averages and progress of one stage; what a checkpoint holds."""
+
+    def __init__(self, run: Run, stage: str):
+        self.run, self.config, self.stage = run, run.config, stage
+        self.loss_of = getattr(run, f"{stage}_loss")
+        self.steps = getattr(run.config, f"{stage}_steps")
+        self.batch = getattr(run.config, f"{'generate' if stage == 'tune' else stage}_batch")
+        run.model.requires_grad_(False)
+        for part in run.trained(stage):
+            part.requires_grad_(True)
+        self.trained = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
+        self.averages = {n: p.detach().clone() for n, p in self.trained.items()}
+        self.optimizers = make_optimizers(run.config, self.trained)
+        self.scaler = torch.amp.GradScaler(run.device, enabled=run.dtype is torch.float16)
+        self.partial = run.out / f"{stage}.partial"
+        self.step, self.rows, self.seconds = 0, [], 0.0
+
+    def describe(self) -> str:
+        names = sorted({".".join(n.split(".")[: 1 + n.startswith("back")]) for n in self.trained})
+        size, whole = (
+            sum(p.numel() for p in parameters) / 1e6
+            for parameters in (self.trained.values(), self.run.model.parameters())
+        )
+        return f"trains {', '.join(names)} ({size:.2f} M), {whole - size:.2f} M are frozen"
+
+    def save(self) -> None:
+        state = dict(
+            step=self.step, rows=self.rows, seconds=self.seconds, averages=self.averages,
+            trained={n: p.detach() for n, p in self.trained.items()},
+            optimizers=[o.state_dict() for o in self.optimizers], scaler=self.scaler.state_dict(),
+            metadata=self.run.metadata,
+        )  # fmt: skip
+        write_whole(self.partial, lambda temporary: torch.save(state, temporary))
+
+    def restore(self) -> None:
+        state = torch.load(self.partial, map_location=self.run.device, weights_only=True)
+        check_same(self.partial, state["metadata"], self.run.metadata)
+        self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
+        self.averages = state["averages"]
+        self.run.model.load_state_dict(state["trained"], strict=False)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+
+    def loss(self, step: int, pool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and parts of a step; its samples and noise depend on (seed, stage, step) alone."""
+        rng = np.random.default_rng([self.config.seed, STAGES.index(self.stage), step])
+        torch.manual_seed(int(rng.integers(2**62)))
+        ids = np.sort(rng.choice(pool, self.batch, replace=len(pool) < self.batch))
+        device, dtype = self.run.device.type, self.run.dtype
+        with torch.autocast(device, dtype, enabled=dtype is not None):
+            return self.loss_of(rng, ids)
+
+    def update(self) -> dict[str, float]:
+        """One step: forward, backward, clip, optimiser, average."""
+        c = self.config
+        peak = c.tune_lr if self.stage == "tune" else c.lr
+        rate = learning_rate(self.step, self.steps, peak, c.warmup, c.cooldown)
+        loss, parts = self.loss(self.step, self.run.data.train_ids)
+        self.scaler.scale(loss).backward()
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), c.clip_norm)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            self.scaler.step(optimizer)
+            optimizer.zero_grad()
+        self.scaler.update()
+        decay = min(c.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.averages.values()), list(self.trained.values()), 1 - decay)
+        self.step += 1
+        return {"loss": loss.detach(), "rate": rate, "norm": norm, **parts}
+
+    def use_averages(self) -> dict[str, Tensor]:
+        """Puts the averages into the model and returns what was there."""
+        live = {n: p.detach().clone() for n, p in self.trained.items()}
+        self.run.model.load_state_dict(self.averages, strict=False)
+        return live
 
 
 def train_stage(run: Run, stage: str) -> None:
     """The one loop of all stages; leaves STAGE.safetensors, the averaged weights, when done."""
-    c, out = run.config, run.out
-    steps, batch = (getattr(c, f"{'generate' if k == 'batch' and stage == 'tune' else stage}_{k}")
-                    for k in ("steps", "batch"))  # fmt: skip
-    parts = run.trained(stage)
-    run.model.requires_grad_(False)
-    for part in parts.values():
-        part.requires_grad_(True)
-    trained = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
-    size = sum(p.numel() for p in trained.values()) / 1e6
-    frozen = sum(p.numel() for p in run.model.parameters() if not p.requires_grad) / 1e6
-    print(f"stage {stage}: trains {', '.join(parts)} ({size:.2f} M); frozen {frozen:.2f} M")
-    optimizers = make_optimizers(c, trained)
-    averages = {n: p.detach().clone() for n, p in trained.items()}
-    scaler = torch.amp.GradScaler(enabled=run.dtype is torch.float16)
-    partial, start, rows, seconds = out / f"{stage}.partial", 0, [], 0.0
-    if partial.exists():
-        state = torch.load(partial, map_location=run.device, weights_only=True)
-        start, rows, seconds = state["step"], state["rows"], state["seconds"]
-        run.model.load_state_dict(state["model"], strict=False)
-        averages = state["averages"]
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        scaler.load_state_dict(state["scaler"])
-        print(f"continues at step {start} of {steps}")
-    loss_of = getattr(run, f"{stage}_loss")
-    peak = c.tune_lr if stage == "tune" else c.lr
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage, unit="step")
-    begun = time.perf_counter()
-    for step in bar:
-        rate = learning_rate(step, steps, peak, c.warmup, c.cooldown)
-        for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = rate
-        loss, logged = step_loss(run, loss_of, stage, step, run.data.train_ids, batch)
-        scaler.scale(loss).backward()
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(trained.values(), c.clip_norm)
-        for optimizer in optimizers:
-            scaler.step(optimizer)
-            optimizer.zero_grad()
-        scaler.update()
-        decay = min(c.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(averages.values()), list(trained.values()), 1 - decay)
-        if step % 10 == 0 or step == steps - 1:
-            values = {"loss": loss, "norm": norm, **logged}
-            row = {"step": step, "rate": rate, **{k: float(v.detach()) for k, v in values.items()}}
-            rows.append(row)
-            pace = (step + 1 - start) * batch / (time.perf_counter() - begun)
-            bar.set_postfix_str(f"loss {row['loss']:.4f} rate {rate:.1e} norm {row['norm']:.2f}"
-                                f" {pace:.0f} images/s")  # fmt: skip
-        if (step + 1) % c.save_every == 0 and step + 1 < steps:
-            state = dict(
-                step=step + 1, rows=rows, seconds=seconds + time.perf_counter() - begun,
-                model={n: p.detach() for n, p in trained.items()}, averages=averages,
-                optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
-            )  # fmt: skip
-            write_whole(partial, lambda temporary: torch.save(state, temporary))
-            write_log(out / f"{stage}.csv", rows)
-        if (step + 1) % c.strip_every == 0:
-            with averaged(trained, averages):
-                save_strip(run, stage, step + 1)
-    run.model.load_state_dict(averages, strict=False)
-    write_log(out / f"{stage}.csv", rows)
+    c, trainer = run.config, Trainer(run, stage)
+    if trainer.partial.exists():
+        trainer.restore()
+    print(f"stage {stage}: {trainer.describe()}; step {trainer.step} of {trainer.steps}")
+    begun, first = time.perf_counter() - trainer.seconds, trainer.step
+    with tqdm(total=trainer.steps, initial=first, desc=stage, unit="step") as bar:
+        while trainer.step < trainer.steps:
+            values = trainer.update()
+            last = trainer.step == trainer.steps
+            if trainer.step % 10 == 1 or last:  # reading values waits for the device
+                row = {"step": trainer.step, **{k: float(v) for k, v in values.items()}}
+                trainer.rows.append(row)
+                bar.set_postfix_str(
+                    f"loss {row['loss']:.3f} rate {row['rate']:.1e} norm {row['norm']:.2f}"
+                    f" {bar.format_dict['rate'] or 0:.2f} x {trainer.batch} images/s"
+                )
+            bar.update()
+            trainer.seconds = time.perf_counter() - begun
+            if trainer.step % c.strip_every == 0 or last:
+                live = trainer.use_averages()
+                save_strip(run, stage, trainer.step)
+                run.model.load_state_dict(live, strict=False)
+            if trainer.step % c.save_every == 0:
+                trainer.save()
+                write_log(run.out / f"{stage}.csv", trainer.rows)
+    trainer.use_averages()
     with torch.no_grad():
-        held = [
-            float(step_loss(run, loss_of, stage, -1 - i, run.data.val_ids, batch)[0])
-            for i in range(4)
-        ]
-    seconds += time.perf_counter() - begun
-    print(f"stage {stage}: validation loss {np.mean(held):.4f}, {seconds:.0f} s")
-    finish(run, stage, averages, seconds)
-    partial.unlink(missing_ok=True)
-
-
-def step_loss(run: Run, loss_of, stage: str, step: int, pool, batch: int):
-    """The loss of a step; its samples and noise depend on (seed, stage, step) alone."""
-    rng = np.random.default_rng([run.config.seed, STAGES.index(stage), step + 100])
-    torch.manual_seed(int(rng.integers(2**62)))
-    ids = np.sort(rng.choice(pool, batch, replace=len(pool) < batch))
-    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
-        return loss_of(rng, ids)
-
-
-class averaged:
-    """Within it the parameters hold their averages."""
-
-    def __init__(self, trained: dict[str, nn.Parameter], averages: dict[str, Tensor]):
-        self.pairs = [(p, averages[n]) for n, p in trained.items()]
-
-    def swap(self, *_):
-        for p, average in self.pairs:
-            kept = p.detach().clone()
-            p.data.copy_(average)
-            average.copy_(kept)
-
-    __enter__ = __exit__ = swap
+        held = [float(trainer.loss(2**31 + i, run.data.val_ids)[0]) for i in range(4)]
+    write_log(run.out / f"{stage}.csv", trainer.rows)
+    print(f"stage {stage}: validation loss {np.mean(held):.4f}, {trainer.seconds:.0f} s")
+    facts = {**run.metadata, "seconds": trainer.seconds, "validation_loss": float(np.mean(held))}
+    save_weights(run.out / f"{stage}.safetensors", trainer.averages, facts)
+    trainer.partial.unlink(missing_ok=True)
 
 
 def write_log(path: Path, rows: list[dict]) -> None:
-    def write(temporary):
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_whole(path, write)
+    lines = [",".join(rows[0]), *(",".join(map(repr, row.values())) for row in rows)]
+    write_whole(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
 
 
-def finish(run: Run, stage: str, tensors: dict[str, Tensor], seconds: float) -> None:
-    save_weights(run.out / f"{stage}.safetensors", tensors, {**run.metadata, "seconds": seconds})
+def check_same(path: Path, found: dict, wanted: dict) -> None:
+    """ValueError if a checkpoint was made with other settings or from another set."""
+    for key, value in (wanted["config"] | wanted["data"]).items():
+        old = (found["config"] | found["data"]).get(key)
+        if old != value and key not in HARMLESS:
+            raise ValueError(f"{path} was made with {key} {old}, not {value}: take another --out")
 
 
 @torch.no_grad()
 def fill_cache(run: Run) -> None:
     """Stage cache: features and latents of the whole set, once; the statistics that treat them."""
-    begun, m, n, batch = time.perf_counter(), run.model.eval(), len(run.data), 256
+    begun, m, count, raw = time.perf_counter(), run.model, len(run.data), run.data.features
+
+    def encode(ids):
+        if raw is not None:
+            return torch.from_numpy(raw[ids]).to(run.device).float()
+        return m.clip.vectors(run.pixels(ids))
+
     sample = run.data.train_ids[:: max(1, len(run.data.train_ids) // 2000)]
-    raw = run.data.features
-    encode = lambda ids: m.clip.vectors(M.to_pixels(run.images(ids)))  # noqa: E731
-    if raw is not None:
-        encode = lambda ids: torch.from_numpy(raw[ids]).to(run.device).float()  # noqa: E731
-    latent = lambda ids: m.vae.encode(M.to_pixels(run.images(ids)))  # noqa: E731
-    chunks = np.array_split(sample, math.ceil(len(sample) / batch))
-    m.treatment.fit(torch.cat([encode(ids).cpu() for ids in chunks]), run.config.treatment)
-    m.latent_treatment.fit(torch.cat([latent(ids).cpu() for ids in chunks]))
-    shapes = {"features": m.head.shape, "latents": m.decoder.shape}
-    arrays = {
-        name: np.lib.format.open_memmap(run.out / f"{name}.npy", "w+", np.float16, (n, *shape))
-        for name, shape in shapes.items()
-    }
-    for start in tqdm(range(0, n, batch), desc="cache", unit="batch"):
-        ids = np.arange(start, min(start + batch, n))
-        arrays["features"][ids] = m.treatment(encode(ids)).half().cpu().numpy()
-        arrays["latents"][ids] = m.latent_treatment(latent(ids)).half().cpu().numpy()
-    for array in arrays.values():
-        array.flush()
-    tensors = {k: v for k, v in m.state_dict().items() if "treatment." in k}
-    finish(run, "cache", tensors, time.perf_counter() - begun)
+    parts = np.array_split(sample, math.ceil(len(sample) / 128))
+    m.treatment.fit(torch.cat([encode(ids).cpu() for ids in parts]), run.config.treatment)
+    latents = torch.cat([m.vae.encode(run.pixels(ids)).cpu() for ids in parts])
+    m.latent_treatment.fit(latents)
+    features, latents = (
+        np.lib.format.open_memmap(run.out / f"{name}.npy", "w+", np.float16, (count, *shape))
+        for name, shape in (("features", m.head.shape), ("latents", m.decoder.shape))
+    )
+    for start in tqdm(range(0, count, 128), desc="cache", unit="batch"):
+        ids = np.arange(start, min(start + 128, count))
+        features[ids] = m.treatment(encode(ids)).half().cpu()
+        latents[ids] = m.latent_treatment(m.vae.encode(run.pixels(ids))).half().cpu()
+    features.flush()
+    latents.flush()
+    statistics = {k: v for k, v in m.state_dict().items() if "treatment." in k}
+    facts = {**run.metadata, "seconds": time.perf_counter() - begun}
+    save_weights(run.out / "cache.safetensors", statistics, facts)
 
 
 @torch.no_grad()
 def save_strip(run: Run, stage: str, step: int) -> None:
-    """A fixed-seed strip of pictures: what the stage makes of eight validation samples."""
+    """A fixed-seed strip: eight validation pictures, and below what the stage makes of them."""
     m, ids = run.model, run.data.val_ids[:8]
-    generator = torch.Generator().manual_seed(0)
+    pixels, generator = run.pixels(ids), torch.Generator().manual_seed(0)
     if stage == "vae":
-        pixels = M.to_pixels(run.images(ids))
         shown = M.to_images(m.vae.decode(m.vae.encode(pixels)))
     elif stage == "decode":
         noise = torch.randn(len(ids), *m.decoder.shape, generator=generator).to(run.device)
-        shown = m.paint(run.vectors(ids), noise, steps=5)
+        shown = m.paint(run.cached("features", ids), noise, steps=4)
     elif stage in ("generate", "tune") and m.clip is not None:
-        key = "clean" if stage == "tune" else "caption"
-        prompts = [run.data.texts(i)[key] or run.data.texts(i)["caption"] for i in ids]
-        tokens = run.build([[("user", text), ("queries", None)] for text in prompts])[0]
+        tokens = run.build([[("user", run.data.texts(i)["caption"]), ("queries", None)] for i in ids])
         noise = torch.randn(len(ids), *m.head.shape, generator=generator).to(run.device)
-        # the decoder comes later: the tiny CLIP's own pixel head gives a preview
-        shown = m.clip.rebuild(m.treatment.inverse(m.imagine(tokens, noise, guidance=2.0)))
-        shown = M.to_images(shown)
+        vectors = m.imagine(tokens[0], noise, guidance=2.0, shift=run.config.shift)
+        # the decoder comes last: the tiny CLIP's own pixel head gives a preview
+        shown = M.to_images(m.clip.rebuild(m.treatment.inverse(vectors)))
     else:
         return
-    shown = torch.cat([run.images(ids), shown]).permute(0, 3, 1, 2) / 255
-    save_image(make_grid(shown, nrow=len(ids)), run.out / f"{stage}-{step:06d}.png")
+    both = torch.cat([M.to_images(pixels), shown]).permute(0, 3, 1, 2) / 255
+    save_image(make_grid(both, nrow=len(ids)), run.out / f"{stage}-{step:06d}.png")
 
 
 def main() -> None:
-    config = parse_config(sys.argv[1:])
     try:
-        run = Run(config)
-    except (ValueError, FileNotFoundError) as error:
+        run = Run(parse_config(sys.argv[1:]))
+        seconds = {}
+        for stage in STAGES if run.model.clip is not None else STAGES[1:]:
+            path = run.out / f"{stage}.safetensors"
+            if not path.exists():
+                fill_cache(run) if stage == "cache" else train_stage(run, stage)
+            tensors, metadata = load_weights(path)
+            check_same(path, metadata, run.metadata)
+            run.model.load_state_dict(tensors, strict=False)
+            seconds[stage] = round(metadata["seconds"], 1)
+    except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
-    seconds = {}
-    for stage in STAGES:
-        path = run.out / f"{stage}.safetensors"
-        if stage == "clip" and run.model.clip is None:
-            continue
-        if not path.exists():
-            fill_cache(run) if stage == "cache" else train_stage(run, stage)
-        tensors, metadata = load_weights(path)
-        run.model.load_state_dict(tensors, strict=False)
-        seconds[stage] = round(metadata["seconds"], 1)
-        if stage == "cache":
-            run.features, run.latents = (
-                np.load(run.out / f"{name}.npy", mmap_mode="r") for name in ("features", "latents")
-            )
-    metadata = {**run.metadata, "seconds": seconds, "machine": platform.processor()}
-    save_weights(run.out / "model.safetensors", run.model.state_dict(), metadata)
-    total = sum(seconds.values())
-    print(f"done in {total:.0f} s: {run.out / 'model.safetensors'}")
+    path = run.out / "model.safetensors"
+    save_weights(path, run.model.state_dict(), {**run.metadata, "seconds": seconds})
+    print(f"trained in {sum(seconds.values()):.0f} s: {path}")
 
 
 if __name__ == "__main__":
