@@ -323,9 +323,10 @@ def run_tasks(o: argparse.Namespace) -> None:
         evaluate(studio, path, o)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_options(sys.argv[1:] if arguments is None else arguments)
     try:
-        run_tasks(parse_options(sys.argv[1:]))
+        run_tasks(options)
     except (ValueError, FileNotFoundError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -570,9 +570,10 @@ def save_strip(run: Run, stage: str, step: int) -> None:
     save_image(make_grid(both, nrow=len(ids)), run.out / f"{stage}-{step:06d}.png")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    config = parse_config(sys.argv[1:] if arguments is None else arguments)
     try:
-        run = Run(parse_config(sys.argv[1:]))
+        run = Run(config)
         seconds = {}
         for stage in STAGES if run.model.clip is not None else STAGES[1:]:
             path = run.out / f"{stage}.safetensors"
