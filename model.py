@@ -74,8 +74,11 @@ class Tokenizer:
 
 
 def build_sequences(
-    tokenizer: Tokenizer, rows: Sequence[Sequence[tuple[str, str | None]]], tokens: int = 64,
-    length: int | None = None, cut: bool = False,
+    tokenizer: Tokenizer,
+    rows: Sequence[Sequence[tuple[str, str | None]]],
+    tokens: int = 64,
+    length: int | None = None,
+    cut: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The one function that lays out a sequence, for every task, in training and in inference.
 
@@ -290,8 +293,16 @@ class DiT(nn.Module):
     """
 
     def __init__(
-        self, tokens: int, channels: int, cond_channels: int, width: int, depth: int, heads: int,
-        patch: int = 1, condition: str = "cross", predicts: str = "x",
+        self,
+        tokens: int,
+        channels: int,
+        cond_channels: int,
+        width: int,
+        depth: int,
+        heads: int,
+        patch: int = 1,
+        condition: str = "cross",
+        predicts: str = "x",
     ):
         super().__init__()
         side = math.isqrt(tokens)
@@ -364,8 +375,13 @@ def velocity(dit: nn.Module, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
 
 
 def flow_loss(
-    dit: nn.Module, x: Tensor, cond: Tensor, draws: int = 1, shift: float = 1.0,
-    noise: Tensor | None = None, t: Tensor | None = None,
+    dit: nn.Module,
+    x: Tensor,
+    cond: Tensor,
+    draws: int = 1,
+    shift: float = 1.0,
+    noise: Tensor | None = None,
+    t: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Flow matching (paper, section 3.2): the mean of |velocity(x_t) - (x - noise)|^2.
 
@@ -393,8 +409,14 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
 @torch.no_grad()
 def sample_flow(
-    dit: nn.Module, noise: Tensor, cond: Tensor, null: Tensor | None = None, steps: int = 10,
-    guidance: float = 1.0, shift: float = 1.0, heun: bool = False,
+    dit: nn.Module,
+    noise: Tensor,
+    cond: Tensor,
+    null: Tensor | None = None,
+    steps: int = 10,
+    guidance: float = 1.0,
+    shift: float = 1.0,
+    heun: bool = False,
 ) -> Tensor:
     """Integrates dx/dt = velocity from t = 0 to t = 1: noise (B, N, C), cond (B, M, L) -> data.
 
@@ -540,14 +562,28 @@ class TinyCLIP(nn.Module):
     """
 
     def __init__(
-        self, side: int, tokens: int, channels: int, width: int, depth: int, heads: int,
-        vocabulary: int, noise: float,
+        self,
+        side: int,
+        tokens: int,
+        channels: int,
+        width: int,
+        depth: int,
+        heads: int,
+        vocabulary: int,
+        noise: float,
     ):
         super().__init__()
         patch = side // math.isqrt(tokens)
         self.tower = timm.create_model(
-            "vit_tiny_patch16_224", img_size=side, patch_size=patch, embed_dim=width, depth=depth,
-            num_heads=heads, num_classes=0, class_token=False, global_pool="avg",
+            "vit_tiny_patch16_224",
+            img_size=side,
+            patch_size=patch,
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+            num_classes=0,
+            class_token=False,
+            global_pool="avg",
         )
         self.noise, self.patch = noise, patch
         self.bottleneck = nn.Linear(width, channels)
@@ -585,7 +621,11 @@ class TinyCLIP(nn.Module):
         """The pixel head's picture, a blurred preview: (B, N, C) -> (B, 3, S, S)."""
         side = math.isqrt(vectors.shape[1])
         return rearrange(
-            self.pixel_head(vectors), "b (r k) (c p q) -> b c (r p) (k q)", r=side, c=3, p=self.patch
+            self.pixel_head(vectors),
+            "b (r k) (c p q) -> b c (r p) (k q)",
+            r=side,
+            c=3,
+            p=self.patch,
         )
 
 
@@ -647,8 +687,12 @@ class Unified(nn.Module):
 
     @torch.no_grad()
     def write(
-        self, ids: Tensor, vectors: Tensor | None = None, limit: int = 64,
-        temperature: float = 0.0, generator: torch.Generator | None = None,
+        self,
+        ids: Tensor,
+        vectors: Tensor | None = None,
+        limit: int = 64,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
     ) -> list[list[int]]:
         """Continues rows (B, T) that end in an open <bot> until <eos> or `limit` tokens."""
         caches, valid = self.trunk.new_caches(), ids != PAD
@@ -694,25 +738,39 @@ class BLIP3o(nn.Module):
         self.clip = None
         if raw_channels is None:
             self.clip = TinyCLIP(
-                side, n, c.channels, c.clip_width, c.clip_depth, c.clip_width // c.head_dim,
-                vocabulary, c.clip_noise,
+                side,
+                n,
+                c.channels,
+                c.clip_width,
+                c.clip_depth,
+                c.clip_width // c.head_dim,
+                vocabulary,
+                c.clip_noise,
             )
         self.treatment = Treatment(raw_channels or c.channels, c.channels)
         self.vae = VAE(c.vae_width, c.vae_depth)
         self.latent_treatment = Treatment(4, 4)
         self.backbone = Unified(vocabulary, n, c.channels, c.width, c.depth, c.width // c.head_dim)
         self.head = DiT(
-            n, c.channels, c.width, c.dit_width, c.dit_depth, c.dit_width // c.head_dim,
-            patch=c.dit_patch, predicts=c.predicts,
+            n,
+            c.channels,
+            c.width,
+            c.dit_width,
+            c.dit_depth,
+            c.dit_width // c.head_dim,
+            patch=c.dit_patch,
+            predicts=c.predicts,
         )
         self.decoder = DiT(
-            latents, 4, c.channels, c.decoder_width, c.decoder_depth,
-            c.decoder_width // c.head_dim, patch=c.decoder_patch, condition="grid",
+            latents,
+            4,
+            c.channels,
+            c.decoder_width,
+            c.decoder_depth,
+            c.decoder_width // c.head_dim,
+            patch=c.decoder_patch,
+            condition="grid",
         )
-
-    def see(self, images: Tensor) -> Tensor:
-        """Pictures (B, S, S, 3) uint8 -> treated vectors (B, N, C)."""
-        return self.treatment(self.clip.vectors(to_pixels(images)))
 
     def imagine(self, ids: Tensor, noise: Tensor, **flow) -> Tensor:
         """Prompts that end in the queries (B, T), noise (B, N, C) -> vectors (B, N, C)."""

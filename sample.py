@@ -63,12 +63,20 @@ class Studio:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.net.to(self.device)
         self.side, self.flow, self.paint_options = self.facts["side"], flow, paint
+        if self.net.clip is None:
+            settings = self.facts["data"]
+            tower, facts = data.open_tower(
+                settings["tower"], self.config.tokens, settings["weights"]
+            )
+            self.tower, self.tower_side = tower.to(self.device), facts["side"]
 
     def batches(self, count: int, title: str):
         return tqdm(
-            [slice(i, i + BATCH) for i in range(0, count, BATCH)], desc=title, unit="batch",
+            [slice(i, i + BATCH) for i in range(0, count, BATCH)],
+            desc=title,
+            unit="batch",
             disable=count <= BATCH,
-        )  # fmt: skip
+        )
 
     def imagine(self, prompts: list[str], seeds: list[int]) -> Tensor:
         """Prompts -> treated vectors (B, N, C)."""
@@ -77,7 +85,9 @@ class Studio:
         for part in self.batches(len(rows), "vectors"):
             ids = M.build_sequences(self.tokenizer, rows[part], self.config.tokens)[0]
             noise = row_noise(seeds[part], net.head.shape).to(self.device)
-            made.append(net.imagine(ids.to(self.device), noise, shift=self.config.shift, **self.flow))
+            made.append(
+                net.imagine(ids.to(self.device), noise, shift=self.config.shift, **self.flow)
+            )
         return torch.cat(made)
 
     def paint(self, vectors: Tensor, seeds: list[int]) -> np.ndarray:
@@ -94,8 +104,15 @@ class Studio:
     @torch.no_grad()
     def see(self, images: np.ndarray) -> Tensor:
         """Pictures (B, S, S, 3) uint8 -> treated vectors (B, N, C)."""
-        parts = self.batches(len(images), "seeing")
-        return torch.cat([self.net.see(torch.from_numpy(images[p]).to(self.device)) for p in parts])
+        net, made = self.net, []
+        for part in self.batches(len(images), "seeing"):
+            pixels = M.to_pixels(torch.from_numpy(images[part]).to(self.device))
+            if net.clip is None:
+                resized = v2.functional.resize(pixels, [self.tower_side] * 2, antialias=True)
+                made.append(net.treatment(self.tower((resized + 1) / 2)))
+            else:
+                made.append(net.treatment(net.clip.vectors(pixels)))
+        return torch.cat(made)
 
     def answer(self, vectors: Tensor, questions: list[str]) -> list[str]:
         """One answer for each image and question; the question "describe" gives the caption."""
@@ -125,7 +142,9 @@ def save_grid(path: Path, images: np.ndarray, labels: list[str], columns: int) -
     pen = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
         x, y = i % columns * tile + 4, i // columns * (tile + strip) + 4
-        sheet.paste(Image.fromarray(image).resize((side * scale,) * 2, Image.Resampling.NEAREST), (x, y))
+        sheet.paste(
+            Image.fromarray(image).resize((side * scale,) * 2, Image.Resampling.NEAREST), (x, y)
+        )
         if i % columns == 0:
             pen.text((x, y + tile - 2), labels[i // columns], fill="black")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +174,11 @@ def score_prompts(prompts: list, images: np.ndarray) -> dict:
     }
     shares = np.array(list(colors.values()), float) / max(1, sum(colors.values()))
     entropy = float(-(shares * np.log(shares)).sum() / math.log(len(data.COLORS)))
-    return {**result, "entropy": entropy, "mean": lambda rule: float(np.mean([*result[rule].values()]))}
+    return {
+        **result,
+        "entropy": entropy,
+        "mean": lambda rule: float(np.mean([*result[rule].values()])),
+    }
 
 
 def evaluate_shapes(studio: Studio, seed: int, images_per_prompt: int) -> dict:
@@ -167,7 +190,10 @@ def evaluate_shapes(studio: Studio, seed: int, images_per_prompt: int) -> dict:
         result = score_prompts(prompts, studio.draw([p.text for p in prompts], seeds))
         scores[f"{name}_strict"], per_category[name] = result["mean"]("strict"), result["strict"]
         if name == "seen":
-            scores["seen_geneval"], scores["floor"] = result["mean"]("geneval"), result["mean"]("floor")
+            scores["seen_geneval"], scores["floor"] = (
+                result["mean"]("geneval"),
+                result["mean"]("floor"),
+            )
             scores["color_entropy"] = result["entropy"]
             real = data.draw_scenes(prompts, np.random.default_rng(seed))[0]
             again = studio.paint(studio.see(real), seeds)
@@ -208,35 +234,33 @@ def evaluate_understanding(studio: Studio, dataset, limit: int = 500) -> dict:
     return {"vqa": right, "vqa_majority": majority}
 
 
-def evaluate_photos(studio: Studio, dataset, run: Path, seed: int, count: int = 50) -> dict:
-    """Captions as classes: nearest class mean of real and of generated vectors; PSNR.
+def evaluate_photos(studio: Studio, dataset, run: Path, seed: int) -> dict:
+    """Do vectors made from validation captions look like their class, and pictures like pictures?
 
-    The baseline of the reconstruction is the nearest training picture by the vectors.
+    The class is a caption's last word; a vector belongs to the class with the nearest mean. The
+    reconstruction's baseline is the training picture with the nearest vectors.
     """
     features = np.load(run.parent / "features.npy", mmap_mode="r")
-    captions = np.array([dataset.texts(i)["caption"] for i in range(len(dataset))])
-    classes = [c for c, n in Counter(captions).most_common(20) if n >= 20]
-    train = dataset.train_ids[:5000]
-    known = torch.from_numpy(features[train]).float().flatten(1)
-    means = torch.stack([known[torch.from_numpy(captions[train] == c)].mean(0) for c in classes])
-    val = np.array([i for i in dataset.val_ids if captions[i] in classes])
-    real = torch.from_numpy(features[val]).float().flatten(1)
-    prompts = [c for c in classes for _ in range(count)]
-    seeds = [seed * 1_000_000 + i for i in range(len(prompts))]
-    made = studio.imagine(prompts, seeds).cpu().flatten(1)
+    train, val = dataset.train_ids[:5000], dataset.val_ids
+    known, truth = (torch.from_numpy(features[ids]).float().flatten(1) for ids in (train, val))
+    captions = [dataset.texts(i)["caption"] for i in val]
+    words = np.array([dataset.texts(i)["caption"].split()[-1] for i in train])
+    classes = [word for word, n in Counter(words.tolist()).most_common(100) if n >= 20]
+    means = torch.stack([known[torch.from_numpy(words == word)].mean(0) for word in classes])
+    seeds = [seed * 1_000_000 + i for i in range(len(val))]
 
-    def accuracy(vectors: Tensor, wanted) -> float:
-        nearest = torch.cdist(vectors, means).argmin(1).tolist()
-        return float(np.mean([classes[n] == w for n, w in zip(nearest, wanted)]))
+    def accuracy(vectors: Tensor) -> float:
+        nearest = torch.cdist(vectors.cpu().flatten(1), means).argmin(1).tolist()
+        return float(np.mean([classes[n] == c.split()[-1] for n, c in zip(nearest, captions)]))
 
-    images = dataset.images[dataset.val_ids]
-    again = studio.paint(studio.see(images), list(range(len(images))))
-    truth = torch.from_numpy(features[dataset.val_ids]).float().flatten(1)
+    images = dataset.images[val]
     nearest = dataset.images[train[torch.cdist(truth, known).argmin(1).numpy()]]
-    scores = {"class_accuracy_real": accuracy(real, captions[val])}
-    scores["class_accuracy_generated"] = accuracy(made, prompts)
-    scores["psnr_reconstruction"] = psnr(images, again)
-    return {**scores, "psnr_nearest_neighbour": psnr(images, nearest)}
+    return {
+        "class_accuracy_real": accuracy(truth),
+        "class_accuracy_generated": accuracy(studio.imagine(captions, seeds)),
+        "psnr_reconstruction": psnr(images, studio.paint(studio.see(images), seeds)),
+        "psnr_nearest_neighbour": psnr(images, nearest),
+    }
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -255,10 +279,12 @@ def evaluate(studio: Studio, path: Path, options) -> dict:
         scores |= evaluate_photos(studio, dataset, path, options.seed)
     seconds = studio.facts["seconds"]
     scores |= {
-        "seconds_total": round(sum(seconds.values()), 1), "seconds_by_stage": seconds,
-        "seconds_eval": round(time.perf_counter() - begun, 1), "seed": options.seed,
+        "seconds_total": round(sum(seconds.values()), 1),
+        "seconds_by_stage": seconds,
+        "seconds_eval": round(time.perf_counter() - begun, 1),
+        "seed": options.seed,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {studio.device}",
-    }  # fmt: skip
+    }
     text = json.dumps(scores, indent=2)
     target = path.parent / "scores.json"
     write_whole(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -301,9 +327,10 @@ def run_tasks(o: argparse.Namespace) -> None:
     path = find_run(o.run)
     print(f"weights {path}")
     studio = Studio(
-        path, dict(steps=o.steps, guidance=o.guidance),
+        path,
+        dict(steps=o.steps, guidance=o.guidance),
         dict(steps=o.decoder_steps, guidance=o.decoder_guidance),
-    )  # fmt: skip
+    )
     if o.prompts:
         prompts = [text for text in o.prompts for _ in range(o.count)]
         images = studio.draw(prompts, [o.seed + i for i in range(len(prompts))])
@@ -317,7 +344,9 @@ def run_tasks(o: argparse.Namespace) -> None:
         image = studio.open(o.reconstruct)
         seeds = [o.seed + i for i in range(o.count)]
         again = studio.paint(studio.see(image).expand(o.count, -1, -1), seeds)
-        save_grid(Path(o.out), np.concatenate([image, again]), ["original, then drawn"], o.count + 1)
+        save_grid(
+            Path(o.out), np.concatenate([image, again]), ["original, then drawn"], o.count + 1
+        )
         print(o.out)
     if o.evaluate:
         evaluate(studio, path, o)

@@ -118,13 +118,34 @@ PRESETS = {
     "demo": {},
     "photos": {"draws": 4},
     "micro": dict(
-        clip_width=32, clip_depth=1, vae_width=16, vae_depth=1, width=32, depth=1, dit_width=32,
-        dit_depth=1, decoder_width=32, decoder_depth=1, head_dim=32, clip_steps=6, vae_steps=6,
-        understand_steps=6, generate_steps=6, tune_steps=4, decode_steps=6, clip_batch=8,
-        vae_batch=4, understand_batch=4, generate_batch=4, decode_batch=4, draws=2, warmup=2,
-        save_every=4, strip_every=4,
+        clip_width=32,
+        clip_depth=1,
+        vae_width=16,
+        vae_depth=1,
+        width=32,
+        depth=1,
+        dit_width=32,
+        dit_depth=1,
+        decoder_width=32,
+        decoder_depth=1,
+        head_dim=32,
+        clip_steps=6,
+        vae_steps=6,
+        understand_steps=6,
+        generate_steps=6,
+        tune_steps=4,
+        decode_steps=6,
+        clip_batch=8,
+        vae_batch=4,
+        understand_batch=4,
+        generate_batch=4,
+        decode_batch=4,
+        draws=2,
+        warmup=2,
+        save_every=4,
+        strip_every=4,
     ),
-}  # fmt: skip
+}
 
 
 def parse_config(arguments: list[str]) -> Config:
@@ -236,17 +257,25 @@ class Run:
             for part in (m.backbone.trunk, m.head, m.decoder):
                 part.compile(dynamic=False)
         self.metadata = dict(
-            version=VERSION, config=asdict(config), words=words, side=side, raw_channels=raw,
+            version=VERSION,
+            config=asdict(config),
+            words=words,
+            side=side,
+            raw_channels=raw,
             data=self.data.meta["settings"],
-        )  # fmt: skip
+        )
 
     def trained(self, stage: str) -> list[nn.Module | nn.Parameter]:
         m = self.model
         flow = [m.head, m.backbone if self.config.joint else m.backbone.queries]
         return {
-            "clip": [m.clip], "vae": [m.vae], "understand": [m.backbone], "generate": flow,
-            "tune": flow, "decode": [m.decoder],
-        }[stage]  # fmt: skip
+            "clip": [m.clip],
+            "vae": [m.vae],
+            "understand": [m.backbone],
+            "generate": flow,
+            "tune": flow,
+            "decode": [m.decoder],
+        }[stage]
 
     def clip_loss(self, rng, ids):
         captions = [self.data.texts(i)["caption"] for i in ids]
@@ -267,7 +296,9 @@ class Run:
     def generate_loss(self, rng, ids, broad_share: float = 1.0):
         c, texts = self.config, [self.data.texts(i) for i in ids]
         broad = rng.random(len(ids)) < broad_share
-        prompts = [t["caption"] if b or not t["clean"] else t["clean"] for t, b in zip(texts, broad)]
+        prompts = [
+            t["caption"] if b or not t["clean"] else t["clean"] for t, b in zip(texts, broad)
+        ]
         tokens = self.build([[("user", text), ("queries", None)] for text in prompts])[0]
         if c.joint:
             states = self.model.backbone.states(tokens)[:, -c.tokens :]
@@ -414,11 +445,15 @@ class Trainer:
 
     def save(self) -> None:
         state = dict(
-            step=self.step, rows=self.rows, seconds=self.seconds, averages=self.averages,
+            step=self.step,
+            rows=self.rows,
+            seconds=self.seconds,
+            averages=self.averages,
             trained={n: p.detach() for n, p in self.trained.items()},
-            optimizers=[o.state_dict() for o in self.optimizers], scaler=self.scaler.state_dict(),
+            optimizers=[o.state_dict() for o in self.optimizers],
+            scaler=self.scaler.state_dict(),
             metadata=self.run.metadata,
-        )  # fmt: skip
+        )
         write_whole(self.partial, lambda temporary: torch.save(state, temporary))
 
     def restore(self) -> None:
@@ -459,7 +494,8 @@ class Trainer:
         decay = min(c.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.averages.values()), list(self.trained.values()), 1 - decay)
         self.step += 1
-        return {"loss": loss.detach(), "rate": rate, "norm": norm, **parts}
+        values = {"loss": loss, "rate": torch.tensor(rate), "norm": norm, **parts}
+        return {name: value.detach() for name, value in values.items()}
 
     def use_averages(self) -> dict[str, Tensor]:
         """Puts the averages into the model and returns what was there."""
@@ -559,7 +595,9 @@ def save_strip(run: Run, stage: str, step: int) -> None:
         noise = torch.randn(len(ids), *m.decoder.shape, generator=generator).to(run.device)
         shown = m.paint(run.cached("features", ids), noise, steps=4)
     elif stage in ("generate", "tune") and m.clip is not None:
-        tokens = run.build([[("user", run.data.texts(i)["caption"]), ("queries", None)] for i in ids])
+        tokens = run.build(
+            [[("user", run.data.texts(i)["caption"]), ("queries", None)] for i in ids]
+        )
         noise = torch.randn(len(ids), *m.head.shape, generator=generator).to(run.device)
         vectors = m.imagine(tokens[0], noise, guidance=2.0, shift=run.config.shift)
         # the decoder comes last: the tiny CLIP's own pixel head gives a preview
