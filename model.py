@@ -88,7 +88,8 @@ def build_sequences(
         ("bot", text)      <bot> text <eos>, the part that carries loss; text None leaves it open
         ("queries", None)  `tokens` positions that the learned queries will fill
     Returns ids (B, T) and learn (B, T), true where the token is to be predicted. Rows are padded
-    on the left, so that the last position is the last of each row; T is `length`, or the longest rounded up to 16.
+    on the left, so that the last position is the last of each row; T is `length`, or the longest
+    row rounded up to 16.
 
     Raises ValueError if a row is longer than `length`, unless `cut` drops its end.
     """
@@ -283,8 +284,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class DiT(nn.Module):
-    """Diffusion transformer over a square grid of N vectors; one class for every flow head.
+    """Diffusion transformer over a square grid of vectors; one class for every flow head.
 
+    shape      (N, C) of the grid; each of cond_channels is a condition's width L
     patch      groups patch x patch neighbours of the grid into one token
     condition  "cross": tokens in any order, read by cross-attention (the queries' states);
                "grid": vectors on a square grid of their own, resized to the token grid and added,
@@ -293,22 +295,13 @@ class DiT(nn.Module):
     """
 
     def __init__(
-        self,
-        tokens: int,
-        channels: int,
-        cond_channels: int,
-        width: int,
-        depth: int,
-        heads: int,
-        patch: int = 1,
-        condition: str = "cross",
-        predicts: str = "x",
+        self, shape, cond_channels, width, depth, heads, patch=1, condition="cross", predicts="x"
     ):
         super().__init__()
-        side = math.isqrt(tokens)
+        tokens, channels = self.shape = shape
+        side, self.patch = math.isqrt(tokens), patch
         if side * side != tokens or side % patch:
             raise ValueError(f"{tokens} tokens are no square grid divisible by patch {patch}")
-        self.shape, self.patch = (tokens, channels), patch
         self.condition, self.predicts = condition, predicts
         self.embed = nn.Linear(channels * patch**2, width)
         self.time = mlp(256, width, width)
@@ -561,18 +554,10 @@ class TinyCLIP(nn.Module):
     from its vector: a departure from CLIP, which keeps such detail thanks to its scale.
     """
 
-    def __init__(
-        self,
-        side: int,
-        tokens: int,
-        channels: int,
-        width: int,
-        depth: int,
-        heads: int,
-        vocabulary: int,
-        noise: float,
-    ):
+    def __init__(self, side, shape, width, depth, heads, vocabulary: int, noise: float):
+        """shape (N, C) of the vectors; noise is added to them before the losses read them."""
         super().__init__()
+        tokens, channels = shape
         patch = side // math.isqrt(tokens)
         self.tower = timm.create_model(
             "vit_tiny_patch16_224",
@@ -640,10 +625,9 @@ class Unified(nn.Module):
     the flow head.
     """
 
-    def __init__(
-        self, vocabulary: int, tokens: int, channels: int, width: int, depth: int, heads: int
-    ):
+    def __init__(self, vocabulary: int, shape, width: int, depth: int, heads: int):
         super().__init__()
+        tokens, channels = shape  # (N, C) of an image's vectors; as many queries
         self.words = nn.Embedding(vocabulary, width)
         self.projector = mlp(channels, width, width)
         self.places = nn.Parameter(torch.randn(tokens, width) * 0.5)
@@ -734,43 +718,24 @@ class BLIP3o(nn.Module):
 
     def __init__(self, config, vocabulary: int, side: int, raw_channels: int | None = None):
         super().__init__()
-        c, n, latents = config, config.tokens, (side // VAE.factor) ** 2
+        c, vectors, latents = config, (config.tokens, config.channels), (side // VAE.factor) ** 2
+
+        def size(width, depth):
+            return width, depth, width // c.head_dim
+
+        towers = size(c.clip_width, c.clip_depth)
         self.clip = None
         if raw_channels is None:
-            self.clip = TinyCLIP(
-                side,
-                n,
-                c.channels,
-                c.clip_width,
-                c.clip_depth,
-                c.clip_width // c.head_dim,
-                vocabulary,
-                c.clip_noise,
-            )
+            self.clip = TinyCLIP(side, vectors, *towers, vocabulary, c.clip_noise)
         self.treatment = Treatment(raw_channels or c.channels, c.channels)
         self.vae = VAE(c.vae_width, c.vae_depth)
         self.latent_treatment = Treatment(4, 4)
-        self.backbone = Unified(vocabulary, n, c.channels, c.width, c.depth, c.width // c.head_dim)
-        self.head = DiT(
-            n,
-            c.channels,
-            c.width,
-            c.dit_width,
-            c.dit_depth,
-            c.dit_width // c.head_dim,
-            patch=c.dit_patch,
-            predicts=c.predicts,
-        )
-        self.decoder = DiT(
-            latents,
-            4,
-            c.channels,
-            c.decoder_width,
-            c.decoder_depth,
-            c.decoder_width // c.head_dim,
-            patch=c.decoder_patch,
-            condition="grid",
-        )
+        self.backbone = Unified(vocabulary, vectors, *size(c.width, c.depth))
+        head = size(c.dit_width, c.dit_depth)
+        self.head = DiT(vectors, c.width, *head, patch=c.dit_patch, predicts=c.predicts)
+        decoder = size(c.decoder_width, c.decoder_depth)
+        grid = {"patch": c.decoder_patch, "condition": "grid"}
+        self.decoder = DiT((latents, 4), c.channels, *decoder, **grid)
 
     def imagine(self, ids: Tensor, noise: Tensor, **flow) -> Tensor:
         """Prompts that end in the queries (B, T), noise (B, N, C) -> vectors (B, N, C)."""

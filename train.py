@@ -86,7 +86,6 @@ class Config:
     generate_batch: int = flag(16, "prompts a step of stages generate and tune")
     decode_batch: int = flag(32, "images a step of stage decode")
     draws: int = flag(8, "noise draws for each prompt, sharing one pass of the backbone")
-    text_tokens: int = flag(96, "longest prompt in tokens")
     drop: float = flag(0.1, "share of conditions replaced by zeros, for guidance")
     shift: float = flag(1.0, "schedule shift of generation; above 1 more time near noise")
     broad_share: float = flag(0.25, "share of pretraining captions while tuning")
@@ -116,35 +115,15 @@ class Config:
 
 PRESETS = {
     "demo": {},
-    "photos": {"draws": 4},
-    "micro": dict(
-        clip_width=32,
-        clip_depth=1,
-        vae_width=16,
-        vae_depth=1,
-        width=32,
-        depth=1,
-        dit_width=32,
-        dit_depth=1,
-        decoder_width=32,
-        decoder_depth=1,
-        head_dim=32,
-        clip_steps=6,
-        vae_steps=6,
-        understand_steps=6,
-        generate_steps=6,
-        tune_steps=4,
-        decode_steps=6,
-        clip_batch=8,
-        vae_batch=4,
-        understand_batch=4,
-        generate_batch=4,
-        decode_batch=4,
-        draws=2,
-        warmup=2,
-        save_every=4,
-        strip_every=4,
-    ),
+    "photos": {"tune_steps": 0, "generate_steps": 700, "clip_steps": 700, "decode_steps": 800},
+    "micro": {  # seconds, for tests
+        **{f"{part}_width": 32 for part in ("clip", "dit", "decoder")},
+        **{f"{part}_depth": 1 for part in ("clip", "dit", "decoder", "vae")},
+        **{f"{stage}_steps": 6 for stage in STAGES if stage != "cache"},
+        **{f"{stage}_batch": 4 for stage in ("clip", "vae", "understand", "generate", "decode")},
+        **{"width": 32, "depth": 1, "head_dim": 32, "vae_width": 16, "draws": 2, "warmup": 2},
+        **{"save_every": 4, "strip_every": 4},
+    },
 }
 
 
@@ -168,7 +147,7 @@ def parse_config(arguments: list[str]) -> Config:
         parser.error(str(error))
 
 
-# ------------------------------------------------------------------------ machine and files of a run
+# ----------------------------------------------------------------------- machine and files of a run
 
 
 def resolve_machine(c: Config) -> tuple[torch.device, torch.dtype | None, bool]:
@@ -256,26 +235,14 @@ class Run:
         if compile:
             for part in (m.backbone.trunk, m.head, m.decoder):
                 part.compile(dynamic=False)
-        self.metadata = dict(
-            version=VERSION,
-            config=asdict(config),
-            words=words,
-            side=side,
-            raw_channels=raw,
-            data=self.data.meta["settings"],
-        )
+        self.metadata = {"version": VERSION, "config": asdict(config), "words": words}
+        self.metadata |= {"side": side, "raw_channels": raw, "data": self.data.meta["settings"]}
 
     def trained(self, stage: str) -> list[nn.Module | nn.Parameter]:
         m = self.model
-        flow = [m.head, m.backbone if self.config.joint else m.backbone.queries]
-        return {
-            "clip": [m.clip],
-            "vae": [m.vae],
-            "understand": [m.backbone],
-            "generate": flow,
-            "tune": flow,
-            "decode": [m.decoder],
-        }[stage]
+        if stage in ("generate", "tune"):
+            return [m.head, m.backbone if self.config.joint else m.backbone.queries]
+        return [{"clip": m.clip, "vae": m.vae, "decode": m.decoder}.get(stage, m.backbone)]
 
     def clip_loss(self, rng, ids):
         captions = [self.data.texts(i)["caption"] for i in ids]
@@ -444,23 +411,17 @@ class Trainer:
         return f"trains {', '.join(names)} ({size:.2f} M), {whole - size:.2f} M are frozen"
 
     def save(self) -> None:
-        state = dict(
-            step=self.step,
-            rows=self.rows,
-            seconds=self.seconds,
-            averages=self.averages,
-            trained={n: p.detach() for n, p in self.trained.items()},
-            optimizers=[o.state_dict() for o in self.optimizers],
-            scaler=self.scaler.state_dict(),
-            metadata=self.run.metadata,
-        )
+        state = {name: getattr(self, name) for name in ("step", "rows", "seconds", "averages")}
+        state |= {"metadata": self.run.metadata, "scaler": self.scaler.state_dict()}
+        state["trained"] = {n: p.detach() for n, p in self.trained.items()}
+        state["optimizers"] = [o.state_dict() for o in self.optimizers]
         write_whole(self.partial, lambda temporary: torch.save(state, temporary))
 
     def restore(self) -> None:
         state = torch.load(self.partial, map_location=self.run.device, weights_only=True)
         check_same(self.partial, state["metadata"], self.run.metadata)
-        self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
-        self.averages = state["averages"]
+        for name in ("step", "rows", "seconds", "averages"):
+            setattr(self, name, state[name])
         self.run.model.load_state_dict(state["trained"], strict=False)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -615,6 +576,8 @@ def main(arguments: list[str] | None = None) -> None:
         seconds = {}
         for stage in STAGES if run.model.clip is not None else STAGES[1:]:
             path = run.out / f"{stage}.safetensors"
+            if getattr(config, f"{stage}_steps", 1) == 0:
+                continue
             if not path.exists():
                 fill_cache(run) if stage == "cache" else train_stage(run, stage)
             tensors, metadata = load_weights(path)
