@@ -155,51 +155,56 @@ def save_grid(path: Path, images: np.ndarray, labels: list[str], columns: int) -
 
 
 def score_prompts(prompts: list, images: np.ndarray) -> dict:
-    """ShapesEval of pictures (B, 64, 64, 3), one for each prompt: means over the categories."""
-    found = data.find_objects(images)
-    rows, colors = defaultdict(lambda: defaultdict(list)), Counter()
-    by_category = defaultdict(list)
+    """ShapesEval of pictures (B, 64, 64, 3), one for each prompt.
+
+    Returns {rule: {category: share}} for "strict", "geneval" and "floor" (judged by another prompt
+    of the category), each rule's "mean" over the categories, and the "entropy" of the colours that
+    colour-free prompts got, where 1 means all equally often.
+    """
+    found, colors = data.find_objects(images), Counter()
+    members, table = defaultdict(list), defaultdict(dict)
     for i, prompt in enumerate(prompts):
-        by_category[prompt.category].append(i)
+        members[prompt.category].append(i)
         if not any(color for _, color in prompt.objects):
             colors.update(item.color for item in found[i] if item is not None)
-    for category, members in by_category.items():
-        for i, other in zip(members, np.roll(members, len(members) // 2 + 1)):
-            rows["strict"][category].append(data.judge(prompts[i], found[i]))
-            rows["geneval"][category].append(data.judge(prompts[i], found[i], strict=False))
-            rows["floor"][category].append(data.judge(prompts[other], found[i]))
-    result = {
-        rule: {category: float(np.mean(hits)) for category, hits in table.items()}
-        for rule, table in rows.items()
-    }
+    for category, rows in members.items():
+        others = np.roll(rows, len(rows) // 2)
+        judged = {
+            "strict": [data.judge(prompts[i], found[i]) for i in rows],
+            "geneval": [data.judge(prompts[i], found[i], strict=False) for i in rows],
+            "floor": [data.judge(prompts[i], found[j]) for i, j in zip(rows, others)],
+        }
+        for rule, hits in judged.items():
+            table[rule][category] = float(np.mean(hits))
+    for shares in table.values():
+        shares["mean"] = float(np.mean(list(shares.values())))
     shares = np.array(list(colors.values()), float) / max(1, sum(colors.values()))
-    entropy = float(-(shares * np.log(shares)).sum() / math.log(len(data.COLORS)))
     return {
-        **result,
-        "entropy": entropy,
-        "mean": lambda rule: float(np.mean([*result[rule].values()])),
+        **table,
+        "entropy": float(-(shares * np.log(shares)).sum() / math.log(len(data.COLORS))),
     }
 
 
-def evaluate_shapes(studio: Studio, seed: int, images_per_prompt: int) -> dict:
-    """ShapesEval: the first pictures drawn, nothing chosen among them; see README for the rules."""
-    scores, per_category = {}, {}
-    for name, prompts in data.eval_prompts().items():
-        prompts = [p for p in prompts for _ in range(images_per_prompt)]
-        seeds = [seed * 1_000_000 + i for i in range(len(prompts))]
-        result = score_prompts(prompts, studio.draw([p.text for p in prompts], seeds))
-        scores[f"{name}_strict"], per_category[name] = result["mean"]("strict"), result["strict"]
-        if name == "seen":
-            scores["seen_geneval"], scores["floor"] = (
-                result["mean"]("geneval"),
-                result["mean"]("floor"),
-            )
-            scores["color_entropy"] = result["entropy"]
-            real = data.draw_scenes(prompts, np.random.default_rng(seed))[0]
-            again = studio.paint(studio.see(real), seeds)
-            scores["ceiling_render"] = score_prompts(prompts, real)["mean"]("strict")
-            scores["ceiling_reconstruction"] = score_prompts(prompts, again)["mean"]("strict")
-    return {**scores, "per_category": per_category}
+def evaluate_shapes(studio: Studio, seed: int, count: int) -> dict:
+    """ShapesEval with `count` pictures a prompt: the first ones drawn, nothing is chosen."""
+    results, prompts = {}, {}
+    for name, unique in data.eval_prompts().items():
+        prompts[name] = [p for p in unique for _ in range(count)]
+        seeds = [seed * 1_000_000 + i for i in range(len(prompts[name]))]
+        images = studio.draw([p.text for p in prompts[name]], seeds)
+        results[name] = score_prompts(prompts[name], images)
+    seen, wanted = results["seen"], prompts["seen"]
+    real = data.draw_scenes(wanted, np.random.default_rng(seed))[0]
+    again = studio.paint(studio.see(real), list(range(len(real))))
+    return {
+        **{f"{name}_strict": result["strict"]["mean"] for name, result in results.items()},
+        "seen_geneval": seen["geneval"]["mean"],
+        "floor": seen["floor"]["mean"],
+        "color_entropy": seen["entropy"],
+        "ceiling_render": score_prompts(wanted, real)["strict"]["mean"],
+        "ceiling_reconstruction": score_prompts(wanted, again)["strict"]["mean"],
+        "per_category": {name: result["strict"] for name, result in results.items()},
+    }
 
 
 @torch.no_grad()
