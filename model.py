@@ -378,14 +378,15 @@ def flow_loss(
 ) -> tuple[Tensor, Tensor]:
     """Flow matching (paper, section 3.2): the mean of |velocity(x_t) - (x - noise)|^2.
 
-    x_t = (1 - t) noise + t x: data (P, N, C), condition (P, M, L) -> losses (B,), times (B,),
-    with B = P draws. noise (B, N, C) and t (B,) are drawn unless given.
+    x_t = (1 - t) noise + t x: data, condition (P, M, L) -> losses (B,), times (B,). Data are
+    (P, N, C), each drawn `draws` times, or already (B, N, C); noise (B, N, C) and t (B,) are drawn
+    unless given.
     """
     x = repeat(x, "p n c -> (p k) n c", k=draws)
     if noise is None:
         noise = torch.randn_like(x)
     if t is None:
-        t = shift_time(spread_times(len(x), draws, x.device), shift)
+        t = shift_time(spread_times(len(x), len(x) // len(cond), x.device), shift)
     x_t = torch.lerp(noise, x, t[:, None, None])
     error = velocity(dit, x_t, t, cond) - (x - noise)
     return error.float().square().mean((1, 2)), t

@@ -16,7 +16,9 @@ import re
 import shutil
 import sys
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -74,12 +76,12 @@ class Config:
     decoder_depth: int = flag(4, "blocks of the decoder")
     decoder_patch: int = flag(2, "neighbouring latents per token of the decoder, a side")
     decoder_noise: float = flag(0.5, "largest noise on the vectors that the decoder learns from")
-    clip_steps: int = flag(550, "steps of stage clip")
-    vae_steps: int = flag(950, "steps of stage vae")
-    understand_steps: int = flag(280, "steps of stage understand")
+    clip_steps: int = flag(500, "steps of stage clip")
+    vae_steps: int = flag(900, "steps of stage vae")
+    understand_steps: int = flag(200, "steps of stage understand")
     generate_steps: int = flag(500, "steps of stage generate")
-    tune_steps: int = flag(550, "steps of stage tune")
-    decode_steps: int = flag(650, "steps of stage decode")
+    tune_steps: int = flag(1200, "steps of stage tune")
+    decode_steps: int = flag(600, "steps of stage decode")
     clip_batch: int = flag(24, "images a step of stage clip")
     vae_batch: int = flag(16, "images a step of stage vae")
     understand_batch: int = flag(16, "sequences a step of stage understand")
@@ -87,10 +89,10 @@ class Config:
     decode_batch: int = flag(32, "images a step of stage decode")
     draws: int = flag(8, "noise draws for each prompt, sharing one pass of the backbone")
     drop: float = flag(0.1, "share of conditions replaced by zeros, for guidance")
-    shift: float = flag(1.0, "schedule shift of generation; above 1 more time near noise")
-    broad_share: float = flag(0.25, "share of pretraining captions while tuning")
+    shift: float = flag(2.0, "schedule shift of generation; above 1 more time near noise")
+    broad_share: float = flag(0.1, "share of pretraining captions while tuning")
     lr: float = flag(3e-3, "peak learning rate")
-    tune_lr: float = flag(2e-3, "peak learning rate of stage tune")
+    tune_lr: float = flag(3e-3, "peak learning rate of stage tune")
     warmup: int = flag(30, "steps of linear warm-up")
     cooldown: float = flag(0.3, "share of steps of linear cool-down at the end")
     weight_decay: float = flag(0.01, "decoupled, on matrices")
@@ -263,17 +265,28 @@ class Run:
     def generate_loss(self, rng, ids, broad_share: float = 1.0):
         c, texts = self.config, [self.data.texts(i) for i in ids]
         broad = rng.random(len(ids)) < broad_share
-        prompts = [
-            t["caption"] if b or not t["clean"] else t["clean"] for t, b in zip(texts, broad)
-        ]
+        clean = [None if b else t["clean"] for t, b in zip(texts, broad)]
+        prompts = [exact or t["caption"] for t, exact in zip(texts, clean)]
         tokens = self.build([[("user", text), ("queries", None)] for text in prompts])[0]
         if c.joint:
             states = self.model.backbone.states(tokens)[:, -c.tokens :]
         else:
             states = self.model.backbone.query_states(tokens)
-        x, states = self.cached("features", ids), states * self.kept(rng, ids)
-        losses, t = M.flow_loss(self.model.head, x, states, c.draws, c.shift)
+        # the draws of a clean prompt come from different pictures of it: they share one pass
+        twins = [self.twins.get(exact, ()) for exact in clean]
+        pools = [pool if i in pool else [i] for i, pool in zip(ids, twins)]
+        x = self.cached("features", np.concatenate([rng.choice(p, c.draws) for p in pools]))
+        losses, t = M.flow_loss(self.model.head, x, states * self.kept(rng, ids), shift=c.shift)
         return losses.mean(), noise_levels(losses, t)
+
+    @cached_property
+    def twins(self) -> dict[str, np.ndarray]:
+        """Training pictures by their clean prompt."""
+        rows = defaultdict(list)
+        for i in self.data.train_ids:
+            rows[self.data.texts(i)["clean"]].append(i)
+        rows.pop(None, None)
+        return {prompt: np.array(ids) for prompt, ids in rows.items()}
 
     def tune_loss(self, rng, ids):
         return self.generate_loss(rng, ids, self.config.broad_share)
@@ -556,9 +569,9 @@ def save_strip(run: Run, stage: str, step: int) -> None:
         noise = torch.randn(len(ids), *m.decoder.shape, generator=generator).to(run.device)
         shown = m.paint(run.cached("features", ids), noise, steps=4)
     elif stage in ("generate", "tune") and m.clip is not None:
-        tokens = run.build(
-            [[("user", run.data.texts(i)["caption"]), ("queries", None)] for i in ids]
-        )
+        kind = "clean" if stage == "tune" else "caption"
+        texts = [run.data.texts(i)[kind] or run.data.texts(i)["caption"] for i in ids]
+        tokens = run.build([[("user", text), ("queries", None)] for text in texts])
         noise = torch.randn(len(ids), *m.head.shape, generator=generator).to(run.device)
         vectors = m.imagine(tokens[0], noise, guidance=2.0, shift=run.config.shift)
         # the decoder comes last: the tiny CLIP's own pixel head gives a preview
