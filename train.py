@@ -362,24 +362,28 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            shapes = defaultdict(list)  # matrices of one shape are orthogonalised together
             for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalise(p.grad.lerp(momentum, group["momentum"]))  # Nesterov
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                nesterov = p.grad.lerp(momentum, group["momentum"])
+                shapes[p.shape].append((p, nesterov))
+            for shape, pairs in shapes.items():
+                updates = orthogonalise(torch.stack([update for _, update in pairs]))
+                rate = group["lr"] * 0.2 * math.sqrt(max(shape))
+                for (p, _), update in zip(pairs, updates):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=rate)
 
 
-def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Newton-Schulz iteration that moves all singular values near 1: (m, n) -> (m, n)."""
-    x = matrix / matrix.norm().clamp_min(1e-7)
-    x = x.T if len(x) > len(x.T) else x
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Newton-Schulz iteration that moves all singular values near 1: (k, m, n) -> (k, m, n)."""
+    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
     for _ in range(steps):
-        a = x @ x.T
-        x = 3.4445 * x + (2.0315 * a @ a - 4.775 * a) @ x
-    return x.T if len(x) != len(matrix) else x
+        a = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
 
 
 def make_optimizers(c: Config, parameters: dict[str, nn.Parameter]) -> list:
