@@ -117,7 +117,10 @@ class Config:
 
 PRESETS = {
     "demo": {},
-    "photos": {"tune_steps": 0, "generate_steps": 700, "clip_steps": 700, "decode_steps": 800},
+    "photos": {  # no questions and no clean prompts: less to understand, nothing to tune
+        **{"clip_steps": 400, "vae_steps": 500, "understand_steps": 60, "generate_steps": 450},
+        **{"tune_steps": 0, "decode_steps": 500},
+    },
     "micro": {  # seconds, for tests
         **{f"{part}_width": 32 for part in ("clip", "dit", "decoder")},
         **{f"{part}_depth": 1 for part in ("clip", "dit", "decoder", "vae")},
