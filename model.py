@@ -580,6 +580,7 @@ class TinyCLIP(nn.Module):
             num_classes=0,
             class_token=False,
             global_pool="avg",
+            fc_norm=False,  # the tokens are used, and so the norm belongs on them
         )
         self.noise, self.patch = noise, patch
         self.bottleneck = nn.Linear(width, channels)

@@ -33,6 +33,7 @@ import model as M
 from data import PreparedSet
 
 STAGES = ("clip", "vae", "cache", "understand", "generate", "tune", "decode")
+STEPS = tuple(f"{stage}_steps" for stage in STAGES)
 VERSION = 1  # of the checkpoints
 # the optimiser's matrices: adaLN's are wide, so that orthogonalising them costs more than it gains
 MUON = r"blocks\.(?!.*modulation)"
@@ -106,10 +107,18 @@ class Config:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"--{f.name} {value}: expected one of {', '.join(choices)}")
-            if type(value) in (int, float) and (value < 0 or not math.isfinite(value)):
-                raise ValueError(f"--{f.name} {value}: expected a number of at least 0")
-        if math.isqrt(self.tokens) ** 2 != self.tokens:
-            raise ValueError(f"--tokens {self.tokens}: expected a square number, such as 64")
+            least = int(f.type is int and f.name not in ("seed", "warmup", *STEPS))
+            if type(value) in (int, float) and not least <= value < 2**63:
+                raise ValueError(f"--{f.name} {value}: expected a number of at least {least}")
+            if f.name in ("drop", "broad_share", "cooldown", "ema") and value > 1:
+                raise ValueError(f"--{f.name} {value}: expected a share, 0 to 1")
+        side = math.isqrt(self.tokens)
+        if side**2 != self.tokens or side % self.dit_patch:
+            message = "expected a square whose side --dit_patch divides, such as 64"
+            raise ValueError(f"--tokens {self.tokens}, --dit_patch {self.dit_patch}: {message}")
+        for name, unit in (("vae_width", 8), ("head_dim", 2)):
+            if getattr(self, name) % unit:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected a multiple of {unit}")
         for name in ("clip_width", "width", "dit_width", "decoder_width"):
             if getattr(self, name) % self.head_dim:
                 raise ValueError(f"--{name}: expected a multiple of --head_dim {self.head_dim}")
@@ -135,7 +144,9 @@ PRESETS = {
 def parse_config(arguments: list[str]) -> Config:
     """Flags -> Config; an unknown flag or impossible value ends with one line and exit code 2."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--preset", default="demo", choices=PRESETS, help="defaults of the rest")
     for f in fields(Config):
@@ -161,6 +172,8 @@ def resolve_machine(c: Config) -> tuple[torch.device, torch.dtype | None, bool]:
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no such device here, expected cpu or auto")
     # a card below 8.0 says yes to bf16 and emulates it; a CPU pays for it without AMX
     native = device == "cuda" and torch.cuda.get_device_capability()[0] >= 8
     native |= device == "cpu" and torch.cpu._is_amx_tile_supported()
@@ -234,6 +247,8 @@ class Run:
         texts = (self.data.texts(i) for i in self.data.train_ids[:5000])
         self.tokenizer = M.Tokenizer.fit(text for entry in texts for text in flat_texts(entry))
         words, side = self.tokenizer.words, self.data.images.shape[1]
+        if side % math.isqrt(config.tokens):
+            raise ValueError(f"--tokens {config.tokens}: expected a grid that divides {side} px")
         raw = None if self.data.features is None else self.data.features.shape[-1]
         torch.manual_seed(config.seed)
         self.model = m = M.BLIP3o(config, len(self.tokenizer), side, raw).to(self.device)
@@ -247,7 +262,9 @@ class Run:
         m = self.model
         if stage in ("generate", "tune"):
             return [m.head, m.backbone if self.config.joint else m.backbone.queries]
-        return [{"clip": m.clip, "vae": m.vae, "decode": m.decoder}.get(stage, m.backbone)]
+        if stage == "understand":
+            return m.backbone.backbone_parameters()
+        return [{"clip": m.clip, "vae": m.vae, "decode": m.decoder}[stage]]
 
     def clip_loss(self, rng, ids):
         captions = [self.data.texts(i)["caption"] for i in ids]
@@ -287,8 +304,8 @@ class Run:
         """Training pictures by their clean prompt."""
         rows = defaultdict(list)
         for i in self.data.train_ids:
-            rows[self.data.texts(i)["clean"]].append(i)
-        rows.pop(None, None)
+            if prompt := self.data.texts(i)["clean"]:
+                rows[prompt].append(i)
         return {prompt: np.array(ids) for prompt, ids in rows.items()}
 
     def tune_loss(self, rng, ids):
@@ -469,11 +486,15 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            self.scaler.step(optimizer)
+            # not scaler.step, which would judge each optimiser by its own gradients
+            if norm.isfinite() or not self.scaler.is_enabled():
+                optimizer.step()
             optimizer.zero_grad()
         self.scaler.update()
         decay = min(c.ema, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.averages.values()), list(self.trained.values()), 1 - decay)
+        with torch.no_grad():
+            pairs = list(self.averages.values()), list(self.trained.values())
+            torch._foreach_lerp_(*pairs, 1 - decay)
         self.step += 1
         values = {"loss": loss, "rate": torch.tensor(rate), "norm": norm, **parts}
         return {name: value.detach() for name, value in values.items()}
@@ -529,10 +550,13 @@ def write_log(path: Path, rows: list[dict]) -> None:
 
 def check_same(path: Path, found: dict, wanted: dict) -> None:
     """ValueError if a checkpoint was made with other settings or from another set."""
-    for key, value in (wanted["config"] | wanted["data"]).items():
-        old = (found["config"] | found["data"]).get(key)
-        if old != value and key not in HARMLESS:
-            raise ValueError(f"{path} was made with {key} {old}, not {value}: take another --out")
+    for part in ("config", "data"):
+        for key, value in wanted[part].items():
+            old = found[part].get(key)
+            if old != value and key not in HARMLESS:
+                raise ValueError(f"{path} was made with {key} {old}, not {value}: other --out?")
+    if found["version"] != wanted["version"]:
+        raise ValueError(f"{path} has version {found['version']}, not {wanted['version']}")
 
 
 @torch.no_grad()
@@ -593,22 +617,23 @@ def main(arguments: list[str] | None = None) -> None:
     config = parse_config(sys.argv[1:] if arguments is None else arguments)
     try:
         run = Run(config)
-        seconds = {}
+        path, seconds = run.out / "model.safetensors", {}
         for stage in STAGES if run.model.clip is not None else STAGES[1:]:
-            path = run.out / f"{stage}.safetensors"
+            part = run.out / f"{stage}.safetensors"
             if getattr(config, f"{stage}_steps", 1) == 0:
                 continue
-            if not path.exists():
+            if not part.exists():
+                path.unlink(missing_ok=True)
                 fill_cache(run) if stage == "cache" else train_stage(run, stage)
-            tensors, metadata = load_weights(path)
-            check_same(path, metadata, run.metadata)
+            tensors, metadata = load_weights(part)
+            check_same(part, metadata, run.metadata)
             run.model.load_state_dict(tensors, strict=False)
             seconds[stage] = round(metadata["seconds"], 1)
+        if not path.exists():
+            save_weights(path, run.model.state_dict(), {**run.metadata, "seconds": seconds})
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
-    path = run.out / "model.safetensors"
-    save_weights(path, run.model.state_dict(), {**run.metadata, "seconds": seconds})
     print(f"trained in {sum(seconds.values()):.0f} s: {path}")
 
 

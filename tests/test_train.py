@@ -1,0 +1,502 @@
+"""Laws of training: schedule, optimiser, what moves, what resumes, what is refused."""
+
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import train
+
+TRAINED = {  # stage -> names of what it trains, and nothing else
+    "clip": r"clip\.",
+    "vae": r"vae\.",
+    "understand": r"backbone\.(?!queries)",
+    "generate": r"head\.|backbone\.queries",
+    "tune": r"head\.|backbone\.queries",
+    "decode": r"decoder\.",
+}
+JOINT = r"head\.|backbone\.(queries|words|trunk)"  # what generation reads of the backbone
+STAGES = pytest.mark.parametrize(
+    "stage, flags, names",
+    [*((stage, [], names) for stage, names in TRAINED.items()), ("generate", ["--joint"], JOINT)],
+    ids=[*TRAINED, "joint"],
+)
+
+
+@pytest.fixture
+def copy(micro_run, tmp_path):
+    """A copy of the finished run, to be changed."""
+    return shutil.copytree(micro_run, tmp_path / "run")
+
+
+@pytest.fixture
+def start(copy, micro_flags):
+    """start(STAGE, flags ...) -> a Trainer at step 0 on top of the finished run's weights."""
+
+    def make(stage, *flags):
+        run = train.Run(train.parse_config([*micro_flags, "--out", str(copy), *flags]))
+        run.model.load_state_dict(load_file(copy / "model.safetensors"))
+        return train.Trainer(run, stage)
+
+    return make
+
+
+def refused(capsys, arguments):
+    """What a command that ends with exit code 2 says."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------- settings, machine
+
+
+def test_help_lists_every_setting(capsys):
+    """--help names each field of the config with its default."""
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for field in train.fields(train.Config):
+        described = rf"--{field.name} .*?\(default {re.escape(str(field.default))}\)"
+        assert re.search(described, text), field.name
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--step", "3"], "--step"),
+        (["--dept", "3"], "--dept"),  # no abbreviations
+        (["--clip_steps", "1.5"], "--clip_steps"),
+        (["--preset", "large"], "demo"),
+        (["--predicts", "noise"], "--predicts"),
+        (["--lr", "nan"], "--lr"),
+        (["--draws", "-1"], "--draws"),
+        (["--draws", "0"], "--draws"),
+        (["--save_every", "0"], "--save_every"),
+        (["--head_dim", "0"], "--head_dim"),
+        (["--head_dim", "1"], "--head_dim"),  # rotary positions turn pairs
+        (["--tokens", "63"], "--tokens"),
+        (["--width", "100"], "--width"),
+        (["--drop", "1.5"], "--drop"),
+        (["--vae_width", "20"], "--vae_width"),
+        (["--dit_patch", "3"], "--dit_patch"),
+        (["--data", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_impossible_settings_are_named(capsys, tmp_path, flags, named):
+    """An unknown flag or impossible value ends with exit code 2 and a line that names it."""
+    assert named in refused(capsys, ["--out", str(tmp_path / "run"), *flags])
+
+
+@pytest.mark.parametrize(
+    "flag, value", [("device", "cuda"), ("tokens", "49"), ("seed", f"{2**64}")]
+)
+def test_settings_that_do_not_fit_are_named(
+    capsys, monkeypatch, micro_flags, tmp_path, flag, value
+):
+    """What this machine or set can't do is named too: a missing device, 7 x 7 vectors of 64 px."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    command = [*micro_flags, "--out", str(tmp_path / "run"), "--dit_patch", "1"]
+    assert f"--{flag} {value}" in refused(capsys, [*command, f"--{flag}", value])
+
+
+@pytest.mark.parametrize(
+    "device, capability, amx, dtype",
+    [
+        ("cuda", (7, 5), True, torch.float16),  # a T4 emulates bf16
+        ("cuda", (8, 0), False, torch.bfloat16),
+        ("cuda", (9, 0), False, torch.bfloat16),
+        ("mps", None, False, None),
+        ("cpu", None, False, None),
+        ("cpu", None, True, torch.bfloat16),
+    ],
+)
+def test_precision_is_native(monkeypatch, capsys, device, capability, amx, dtype):
+    """auto means bf16 where the hardware has it, else fp16 on CUDA, else fp32; compiled on CUDA."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: device == "mps")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    machine = train.resolve_machine(train.Config())
+    assert machine == (torch.device(device), dtype, device == "cuda")
+    assert f"device {device}, precision" in capsys.readouterr().out
+    asked = train.resolve_machine(train.Config(precision="fp32", compile="off"))
+    assert asked == (torch.device(device), None, False)
+
+
+def test_no_compiler_means_eager(monkeypatch, capsys):
+    """Without a C++ compiler nothing is compiled, even if asked for, and one line says so."""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert not train.resolve_machine(train.Config(device="cpu", compile="on"))[2]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "compile off (no C++ compiler)" in line
+
+
+# --------------------------------------------------------------------------------------- optimisers
+
+
+def test_learning_rate_by_hand():
+    """Up in 4 steps, flat, down over the last 3 of 10, and above zero at every step taken."""
+    rates = [train.learning_rate(step, 10, peak=12, warmup=4, cooldown=0.3) for step in range(10)]
+    assert rates == pytest.approx([3, 6, 9, 12, 12, 12, 12, 12, 8, 4])
+    for steps, warmup, cooldown in ((1, 0, 0.0), (1, 30, 1.0), (7, 0, 1.0), (5, 100, 0.3)):
+        for step in range(steps):
+            assert 0 < train.learning_rate(step, steps, 1.0, warmup, cooldown) <= 1
+
+
+def test_muon_is_torchs():
+    """Five steps on several shapes follow torch.optim.Muon, which rounds its iteration to bf16."""
+    torch.manual_seed(0)
+    mine = [
+        torch.nn.Parameter(torch.randn(shape)) for shape in ((16, 16), (32, 8), (8, 48), (8, 48))
+    ]
+    start = [p.detach().clone() for p in mine]
+    theirs = [torch.nn.Parameter(p.clone()) for p in start]
+    options = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
+    ours = train.Muon(mine, **options)
+    reference = torch.optim.Muon(theirs, **options, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        for p, q in zip(mine, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        ours.step()
+        reference.step()
+    for p, q, origin in zip(mine, theirs, start):
+        assert (p - q).norm() < 0.02 * (q - origin).norm()
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (64, 8), (8, 64)])
+def test_orthogonalise(shape):
+    """Each matrix keeps its singular vectors, and its values move near 1, whatever its scale."""
+    torch.manual_seed(0)
+    matrices = torch.randn(2, *shape) * torch.tensor([1e3, 1e-3])[:, None, None]
+    u, s, v = torch.linalg.svd(matrices, full_matrices=False)
+    moved = u.mT @ train.orthogonalise(matrices) @ v.mT
+    values = moved.diagonal(dim1=1, dim2=2)
+    assert (moved - values.diag_embed()).abs().max() < 1e-3
+    assert ((0.6 < values) & (values < 1.3))[s > 0.1 * s[:, :1]].all()
+
+
+def test_overflow_skips_the_whole_step(start):
+    """With fp16, one infinite and one undefined gradient change no weight, and the scale falls."""
+    trainer = start("generate")
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = {n: p.detach().clone() for n, p in trainer.trained.items()}
+    for name, value in (("head.out.bias", torch.inf), ("backbone.queries", torch.nan)):
+        hook = trainer.trained[name].register_hook(lambda grad, value=value: grad * 0 + value)
+        trainer.update()
+        hook.remove()
+        for n, p in trainer.trained.items():
+            assert torch.equal(p, before[n]), n
+    assert trainer.scaler.get_scale() == 256
+
+
+# ---------------------------------------------------------------------------- what each stage does
+
+
+@STAGES
+def test_stage_moves_what_it_trains(start, capsys, stage, flags, names):
+    """After a stage what it trains has moved, the rest is equal bit for bit; it prints which."""
+    trainer = start(stage, *flags)
+    net = trainer.run.model
+    before = {n: tensor.clone() for n, tensor in net.state_dict().items()}
+    train.train_stage(trainer.run, stage)
+    moved = {n for n, tensor in net.state_dict().items() if not torch.equal(tensor, before[n])}
+    assert moved == {n for n in before if re.match(names, n)}
+    printed = re.search(rf"stage {stage}: trains (.+) \(.+ are frozen", capsys.readouterr().out)
+    assert all(n.startswith(tuple(printed[1].split(", "))) for n in moved)
+
+
+@STAGES
+def test_gradients_where_they_should_be(start, stage, flags, names):
+    """A backward pass reaches everything that the stage trains, and nothing else."""
+    trainer = start(stage, "--drop", "0", *flags)
+    trainer.loss(0, trainer.run.data.train_ids)[0].backward()
+    parameters = dict(trainer.run.model.named_parameters())
+    reached = {n for n, p in parameters.items() if p.grad is not None and p.grad.any()}
+    assert reached == {n for n in parameters if re.match(names, n)}
+
+
+def test_averages_are_no_graph(start):
+    """The averaged weights follow the weights by the decay, and remember no history of steps."""
+    trainer = start("decode")
+    for decay in (1 / 10, 2 / 11):
+        old = {n: p.detach().clone() for n, p in trainer.averages.items()}
+        trainer.update()
+        for n, p in trainer.trained.items():
+            assert not trainer.averages[n].requires_grad
+            expected = decay * old[n] + (1 - decay) * p
+            torch.testing.assert_close(trainer.averages[n], expected.detach())
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_stage_overfits_a_handful(start, stage):
+    """Sixty steps on eight samples lower their loss clearly, measured at the same noise."""
+    trainer = start(stage, f"--{stage}_steps", "60", "--lr", "0.01", "--tune_lr", "0.01")
+    run = trainer.run
+    run.data.train_ids = run.data.train_ids[:8]
+    run.model.load_state_dict(train.Run(run.config).model.state_dict())  # as before any training
+
+    @torch.no_grad()
+    def loss():
+        return np.mean([trainer.loss(2**20 + i, run.data.train_ids)[0].item() for i in range(8)])
+
+    before = loss()
+    for _ in range(60):
+        trainer.update()
+    assert loss() < 0.8 * before
+
+
+def test_batches_and_noise_depend_on_seed_stage_step(start):
+    """Ids, choices and noise of a step are the same whatever ran before; other steps, stages and
+    seeds have others."""
+
+    def drawn(stage, seed, step):
+        trainer = start(stage, "--seed", str(seed))
+        trainer.loss_of = lambda rng, ids: (ids.tolist(), rng.random(), torch.randn(()).item())
+        np.random.seed(len(seen))
+        torch.manual_seed(len(seen))
+        return str(trainer.loss(step, trainer.run.data.train_ids))
+
+    seen = []
+    for key in [("vae", 0, 3), ("vae", 0, 3), ("vae", 0, 4), ("decode", 0, 3), ("vae", 1, 3)]:
+        seen.append(drawn(*key))
+    assert seen[0] == seen[1] and len(set(seen)) == 4
+
+
+def test_dropped_conditions(start):
+    """A tenth of the conditions is dropped; where all are, nothing flows back to the queries."""
+    trainer = start("generate")
+    kept = trainer.run.kept(np.random.default_rng(0), range(10_000)).float()
+    assert kept.unique().tolist() == [0, 1] and abs(kept.mean() - 0.9) < 0.01
+    trainer = start("generate", "--drop", "1")
+    trainer.loss(0, trainer.run.data.train_ids)[0].backward()
+    assert not trainer.trained["backbone.queries"].grad.any()
+
+
+@pytest.mark.parametrize(
+    "stage, share, key", [("generate", 0, "caption"), ("tune", 0, "clean"), ("tune", 1, "caption")]
+)
+def test_captions_of_generation(start, stage, share, key):
+    """Tuning asks in the clean wording, where there is one, but for the broad share."""
+    run, ids, asked = start(stage, "--broad_share", str(share)).run, np.arange(12), []
+    build = run.build
+    run.build = lambda rows: asked.extend(rows) or build(rows)
+    getattr(run, f"{stage}_loss")(np.random.default_rng(0), ids)
+    texts = [run.data.texts(i) for i in ids]
+    assert any(text["clean"] is None for text in texts)
+    wanted = [text[key] or text["caption"] for text in texts]
+    assert asked == [[("user", text), ("queries", None)] for text in wanted]
+
+
+def test_draws_share_their_prompt(start):
+    """Draws of a clean prompt are training pictures of it; those of any other caption its own."""
+    trainer = start("tune", "--broad_share", "0", "--draws", "8")
+    run, asked = trainer.run, []
+    cached, clean = run.cached, lambda i: run.data.texts(i)["clean"]
+    run.cached = lambda name, ids: asked.append(ids) or cached(name, ids)
+    for ids in (run.data.train_ids[:16], run.data.val_ids[:16]):
+        run.tune_loss(np.random.default_rng(0), ids)
+        for i, drawn in zip(ids, asked[-1].reshape(16, 8)):
+            if clean(i) is None or i in run.data.val_ids:
+                assert set(drawn) == {i}
+            else:
+                assert {clean(j) for j in drawn} == {clean(i)} and np.isin(
+                    drawn, run.data.train_ids
+                ).all()
+    assert len(set(asked[0])) > 2 * 16 > 16 == len(set(asked[1]))
+
+
+def test_noise_levels():
+    """Losses are averaged in five equal bins of time; t = 1 belongs to the last."""
+    losses, t = torch.tensor([1.0, 3, 5, 7]), torch.tensor([0.0, 0.1, 0.5, 1])
+    levels = {name: value.item() for name, value in train.noise_levels(losses, t).items()}
+    assert levels == {f"loss_t0.{i}": v for i, v in zip((0, 2, 4, 6, 8), (2, 0, 5, 0, 7))}
+
+
+def test_dialogues_never_read_the_answer():
+    """Rows hold questions and answers of the set; a caption that can be read is not asked for."""
+    entry = {"caption": "a red circle", "qa": [[f"q{i}", f"a{i}"] for i in range(6)]}
+    firsts = set()
+    for seed in range(40):
+        (first, text), *turns = train.understanding_row(entry, np.random.default_rng(seed))
+        firsts.add(first)
+        pairs = [[q, a] for (_, q), (_, a) in zip(turns[::2], turns[1::2])]
+        assert [role for role, _ in turns] == ["user", "bot"] * len(pairs)
+        described = [train.DESCRIBE, entry["caption"]]
+        if first == "image":
+            assert pairs.pop() == described
+        else:
+            assert text == entry["caption"] and described not in pairs
+        assert len(pairs) == 4 and all(pair in entry["qa"] for pair in pairs)
+    assert firsts == {"image", "user"}
+
+
+# --------------------------------------------------------------------------------- files of a run
+
+
+def test_cache_is_the_encoders(start):
+    """Cached features and latents are those of encoding the pictures again, and standardised."""
+    run = start("decode").run
+    m, ids = run.model, np.array([0, 7, 128, 599])
+    features = m.treatment(m.clip.vectors(run.pixels(ids)))
+    latents = m.latent_treatment(m.vae.encode(run.pixels(ids)))
+    for name, encoded in (("features", features), ("latents", latents)):
+        torch.testing.assert_close(run.cached(name, ids), encoded, rtol=2e-3, atol=2e-3)
+        channels = run.cached(name, run.data.train_ids).flatten(0, 1)
+        torch.testing.assert_close(
+            channels.mean(0), torch.zeros(len(channels.T)), rtol=0, atol=0.02
+        )
+        torch.testing.assert_close(channels.std(0), torch.ones(len(channels.T)), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_resumed_is_uninterrupted(monkeypatch, micro_run, micro_flags, copy, stage):
+    """A stage killed at step 5 and continued from step 4 ends with the same weights and log."""
+    command = [*micro_flags, "--out", str(copy)]
+    update, taken = train.Trainer.update, []
+
+    def dies(trainer):
+        taken.append(trainer.step)
+        if taken == [0, 1, 2, 3, 4]:
+            raise KeyboardInterrupt
+        return update(trainer)
+
+    for name in (f"{stage}.safetensors", f"{stage}.csv", "model.safetensors"):
+        (copy / name).unlink()
+    monkeypatch.setattr(train.Trainer, "update", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(command)
+    assert not (copy / f"{stage}.safetensors").exists()
+    train.main(command)
+    assert taken[5:] == [4, 5]
+    for name in (f"{stage}.safetensors", "model.safetensors"):
+        ours, theirs = load_file(copy / name), load_file(micro_run / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert (copy / f"{stage}.csv").read_bytes() == (micro_run / f"{stage}.csv").read_bytes()
+    assert not list(copy.glob("*.partial")) and not list(copy.glob("*.tmp"))
+
+
+def test_strips_change_nothing(micro_run, micro_flags, copy):
+    """More pictures on the way, drawn with the averaged weights, leave training as it was."""
+    (copy / "decode.safetensors").unlink()
+    train.main([*micro_flags, "--out", str(copy), "--strip_every", "2"])
+    assert len(list(copy.glob("decode-*.png"))) == 3
+    ours, theirs = (load_file(run / "decode.safetensors") for run in (copy, micro_run))
+    assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
+
+
+@pytest.mark.long
+def test_killed_runs_finish(micro_run, micro_flags, tmp_path):
+    """A process killed ten times, at any moment, ends with the weights of one left in peace."""
+    command = [sys.executable, train.__file__, *micro_flags, "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for moment in [*np.random.default_rng(0).uniform(3, 8, 10), 300]:
+        try:
+            subprocess.run(command, env=environment, timeout=moment)
+        except subprocess.TimeoutExpired:
+            continue
+    ours, theirs = (load_file(run / "model.safetensors") for run in (tmp_path, micro_run))
+    assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
+
+
+def test_finished_run_does_nothing(monkeypatch, micro_flags, copy):
+    """The command of a finished run takes no step and leaves every file as it is."""
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    monkeypatch.setattr(train, "train_stage", None)
+    monkeypatch.setattr(train, "fill_cache", None)
+    train.main([*micro_flags, "--out", str(copy)])
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+
+
+@pytest.mark.parametrize("flag, value", [("lr", "0.5"), ("seed", "9"), ("predicts", "v")])
+def test_changed_settings_are_refused(capsys, micro_flags, copy, flag, value):
+    """Another setting in a folder that has a run is refused by name; a harmless one is not."""
+    command = [*micro_flags, "--out", str(copy)]
+    train.main([*command, "--strip_every", "5"])
+    assert f"made with {flag} " in refused(capsys, [*command, f"--{flag}", value])
+
+
+def test_partial_with_other_settings_is_refused(capsys, monkeypatch, micro_flags, copy):
+    """A checkpoint in the middle of a stage is held to the settings too."""
+    trainer = train.Trainer(
+        train.Run(train.parse_config([*micro_flags, "--out", str(copy), "--lr", "0.5"])), "clip"
+    )
+    trainer.save()
+    (copy / "clip.safetensors").unlink()
+    error = refused(capsys, [*micro_flags, "--out", str(copy)])
+    assert "clip.partial was made with lr 0.5" in error
+
+
+@pytest.mark.parametrize("name", ["clip.safetensors", "clip.partial"])
+def test_other_versions_are_refused(capsys, monkeypatch, micro_flags, copy, name):
+    """A checkpoint of another version is refused by name, whole or in the middle of a stage."""
+    command = [*micro_flags, "--out", str(copy)]
+    with monkeypatch.context() as older:
+        older.setattr(train, "VERSION", 0)
+        (copy / "clip.safetensors").unlink()
+        if name == "clip.partial":
+            train.Trainer(train.Run(train.parse_config(command)), "clip").save()
+        else:
+            train.save_weights(copy / name, {}, {"version": 0})
+    error = refused(capsys, command)
+    assert name in error and "version 0" in error
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path):
+    """A write that dies leaves the old file as it was."""
+    path = tmp_path / "file"
+    train.write_whole(path, lambda temporary: temporary.write_text("old"))
+
+    def dies(temporary):
+        temporary.write_text("ne")
+        raise OSError
+
+    with pytest.raises(OSError):
+        train.write_whole(path, dies)
+    assert path.read_text() == "old"
+
+
+def test_load_model_is_the_run(micro_run, micro_flags):
+    """The loaded model has the run's weights, words and settings, is frozen, and zeros are gone."""
+    net, tokenizer, config, metadata = train.load_model(micro_run / "model.safetensors")
+    assert config == train.parse_config([*micro_flags, "--out", str(micro_run)])
+    assert " circle" in tokenizer.words and metadata["seconds"].keys() == set(train.STAGES)
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    saved = load_file(micro_run / "model.safetensors")
+    assert all(torch.equal(tensor, saved[n]) for n, tensor in net.state_dict().items())
+    stages = {}
+    for stage in train.STAGES:
+        stages |= load_file(micro_run / f"{stage}.safetensors")
+    assert saved.keys() == stages.keys()
+    assert all(torch.equal(stages[n], saved[n]) for n in saved)
+
+
+def test_logs_and_strips(micro_run):
+    """Each stage leaves a CSV, flow stages with loss by noise level, and strips of eight pairs."""
+    levels = [f"loss_t0.{i}" for i in range(0, 10, 2)]
+    parts = {"clip": ["contrastive", "pixels"], "vae": ["error", "kl"], "understand": []}
+    for stage in TRAINED:
+        with open(micro_run / f"{stage}.csv") as file:
+            rows = list(csv.DictReader(file))
+        assert list(rows[0]) == ["step", "loss", "rate", "norm", *parts.get(stage, levels)]
+        assert [row["step"] for row in rows] == ["1", "6"]
+        assert all(np.isfinite(float(value)) for row in rows for value in row.values())
+        strips = sorted(micro_run.glob(f"{stage}-*.png"))
+        drawn = stage not in ("clip", "understand")
+        assert [p.name for p in strips] == [f"{stage}-{n:06d}.png" for n in (4, 6) if drawn]
+        for strip in strips:
+            width, height = Image.open(strip).size
+            assert width // 64 == 8 and height // 64 == 2
