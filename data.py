@@ -695,13 +695,20 @@ def prepare_shapes(out, count=60000, seed=0):
     return write_set(out, settings, range(0, count, CHUNK), read)
 
 
+def fingerprint(path):
+    """Changes with a source: the checksum of its files' names, sizes and times."""
+    files = sorted(Path(path).rglob("*")) if os.path.isdir(path) else [Path(path)]
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return zlib.crc32(repr(facts).encode())
+
+
 def prepare_photos(sources, out, size=64, tower=None, tokens=64, weights=None, device="cpu"):
     """Reads photos and captions into the folder `out` -> PreparedSet; see `read_samples`.
 
     With a `tower`, its features of each picture at its own size are stored in the same pass.
     """
     paths = expand_sources(sources)
-    names = [[os.path.basename(path), os.path.getsize(path)] for path in paths]
+    names = [[os.path.basename(path), fingerprint(path)] for path in paths]
     settings = {"kind": "photos", "sources": names, "size": size, "format": FORMAT}
     settings |= {"tower": tower, "tokens": tokens, "weights": weights and str(weights)}
     if size < MIN_SIDE:

@@ -130,7 +130,7 @@ class Studio:
             image = data.decode_image(Path(path).read_bytes())
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: no readable picture ({error})") from None
-        return np.asarray(data.square(image, self.side))[None]
+        return np.array(data.square(image, self.side))[None]
 
 
 def save_grid(path: Path, images: np.ndarray, labels: list[str], columns: int) -> None:
@@ -172,16 +172,20 @@ def score_prompts(prompts: list, images: np.ndarray) -> dict:
         judged = {
             "strict": [data.judge(prompts[i], found[i]) for i in rows],
             "geneval": [data.judge(prompts[i], found[i], strict=False) for i in rows],
-            "floor": [data.judge(prompts[i], found[j]) for i, j in zip(rows, others)],
+            "floor": [
+                data.judge(prompts[i], found[j])
+                for i, j in zip(rows, others)
+                if prompts[i].text != prompts[j].text
+            ],
         }
         for rule, hits in judged.items():
-            table[rule][category] = float(np.mean(hits))
+            table[rule][category] = float(np.mean(hits or [False]))
     for shares in table.values():
         shares["mean"] = float(np.mean(list(shares.values())))
     shares = np.array(list(colors.values()), float) / max(1, sum(colors.values()))
     return {
         **table,
-        "entropy": float(-(shares * np.log(shares)).sum() / math.log(len(data.COLORS))),
+        "entropy": float((shares * -np.log(shares)).sum() / math.log(len(data.COLORS))),
     }
 
 

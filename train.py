@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
@@ -212,10 +212,13 @@ def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and metadata of a checkpoint; ValueError if it is of another version."""
-    with safe_open(path, "pt") as file:
-        metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    """Tensors and metadata of a checkpoint; ValueError if broken or of another version."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: broken weights ({error}); delete the file") from error
     if metadata.get("version") != VERSION:
         found = metadata.get("version", "none")
         raise ValueError(f"{path} has version {found}, this code reads {VERSION}: train it again")

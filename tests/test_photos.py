@@ -1,0 +1,583 @@
+"""Real photos: every broken input, prepared sets that resume, and the image towers."""
+
+import io
+import json
+import os
+import re
+import struct
+import tarfile
+import zlib
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+
+import data
+
+
+def encoded(image, kind="PNG", **options):
+    """A PIL image as the bytes of a file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def photo(seed=0, size=(40, 32), kind="JPEG"):
+    """A sound picture file of noise."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (size[1], size[0], 3), np.uint8)
+    return encoded(Image.fromarray(pixels), kind)
+
+
+def write_tar(path, files):
+    """Writes (name, bytes) pairs as a tar shard."""
+    with tarfile.open(path, "w") as shard:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+    return path
+
+
+def read(source):
+    """-> [(key, image, caption)], {reason: count}."""
+    dropped = Counter()
+    return list(data.read_samples(source, dropped)), dict(dropped)
+
+
+def read_one(tmp_path, image, caption=b"a cat", ending="jpg"):
+    return read(write_tar(tmp_path / "x.tar", [(f"1.{ending}", image), ("1.txt", caption)]))
+
+
+def claims(width, height):
+    """A PNG whose header claims a size that its data do not have."""
+    chunk = b"IHDR" + struct.pack(">II", width, height)
+    whole = photo(size=(16, 16), kind="PNG")
+    body = chunk + whole[24:29]
+    return whole[:12] + body + struct.pack(">I", zlib.crc32(body)) + whole[33:]
+
+
+# ------------------------------------------------------------------------------- broken inputs
+
+BROKEN = {
+    "truncated JPEG": (photo(size=(128, 128))[:8000], "broken image"),
+    "HTML saved as .jpg": (b"<html><body>404 not found</body></html>", "not an image"),
+    "an empty file": (b"", "not an image"),
+    "a PNG cut in its header": (photo(kind="PNG")[:20], "not an image"),
+    "too many pixels": (claims(8000, 8000), "more than 40 megapixels"),
+    "a decompression bomb": (claims(30000, 30000), "more than 40 megapixels"),
+    "tiny": (photo(size=(7, 9)), "a side under 8 px or aspect beyond 3"),
+    "one pixel": (photo(size=(1, 1)), "a side under 8 px or aspect beyond 3"),
+    "long": (photo(size=(100, 33)), "a side under 8 px or aspect beyond 3"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_image_is_dropped_and_counted(tmp_path, name):
+    """What is wrong drops that sample alone, under its reason; its neighbours are kept."""
+    bad, reason = BROKEN[name]
+    files = [("1.jpg", photo()), ("1.txt", b"one"), ("2.jpg", bad), ("2.txt", b"two")]
+    samples, dropped = read(
+        write_tar(tmp_path / "x.tar", files + [("3.png", photo()), ("3.txt", b"3")])
+    )
+    assert [key for key, *_ in samples] == ["1", "3"] and dropped == {reason: 1}
+
+
+def test_the_pixel_cap_is_read_from_the_header(monkeypatch):
+    """No pixel is decoded before the size is known to be fine."""
+    bomb = claims(8000, 8000)
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match="more than 40 megapixels"):
+        data.decode_image(bomb)
+    assert data.MAX_PIXELS == 40_000_000
+
+
+CAPTIONS = {
+    b"caf\xe9": "caption is not UTF-8",  # Latin-1
+    b"": "empty caption",
+    b" \n\t ": "empty caption",
+}
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_a_broken_caption_is_dropped(tmp_path, caption):
+    """Latin-1 bytes and emptiness drop the sample; white space is tidied, UTF-8 is kept."""
+    assert read_one(tmp_path, photo(), caption) == ([], {CAPTIONS[caption]: 1})
+    samples, dropped = read_one(tmp_path, photo(), "\ufeff a  café\n\u732b ".encode())
+    assert samples[0][2] == "a café \u732b" and not dropped
+
+
+def test_missing_parts_and_duplicates_are_counted(tmp_path):
+    """No caption, no image, a second file of one kind, a key that comes again: each its reason."""
+    files = [("1.jpg", photo(1)), ("2.txt", b"two"), ("3.jpg", photo(3)), ("3.txt", b"three")]
+    files += [("3.txt", b"other"), ("4.JPG", photo(4)), ("4.Txt", b"four"), ("4.json", b"{}")]
+    files += [("3.jpg", photo(5)), ("3.txt", b"again"), ("README", b"no sample"), (".hidden", b"")]
+    samples, dropped = read(write_tar(tmp_path / "x.tar", files))
+    assert [(key, caption) for key, _, caption in samples] == [("3", "three"), ("4", "four")]
+    assert dropped == {"missing caption": 1, "missing image": 1, "duplicate key": 2}
+
+
+def test_keys_end_at_the_first_dot(tmp_path):
+    """As in webdataset: a.b.jpg is of kind b.jpg and no image; folders are part of the key."""
+    files = [("a.b.jpg", photo()), ("x/1.jpg", photo()), ("x/1.txt", b"x"), ("y/1.jpg", photo())]
+    samples, dropped = read(write_tar(tmp_path / "x.tar", files + [("y/1.txt", b"y")]))
+    assert [key for key, *_ in samples] == ["x/1", "y/1"] and not dropped
+
+
+def test_transparency_is_shown_on_white(tmp_path):
+    """RGBA and palette with tRNS bytes: hidden colors stay hidden, the background is white."""
+    rgba = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    rgba.paste((0, 0, 255, 255), (0, 0, 8, 16))
+    palette = Image.new("P", (16, 16), 1)
+    palette.putpalette([0, 0, 255, 255, 0, 0])
+    palette.paste(0, (0, 0, 8, 16))
+    for content in (
+        encoded(rgba),
+        encoded(palette, transparency=b"\xff\x00"),
+        encoded(rgba, "WEBP", lossless=True),
+    ):
+        image = data.decode_image(content)
+        assert image.mode == "RGB"
+        assert image.getpixel((2, 8)) == (0, 0, 255) and image.getpixel((12, 8)) == (255, 255, 255)
+
+
+def test_cmyk_gray_and_bilevel_become_rgb():
+    """Every 8-bit mode is converted and keeps its color."""
+    cmyk = data.decode_image(encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"))
+    assert cmyk.mode == "RGB" and np.allclose(cmyk.getpixel((8, 8)), (255, 0, 0), atol=4)
+    for mode, value in (("L", 100), ("LA", (100, 255)), ("1", 1)):
+        gray = data.decode_image(encoded(Image.new(mode, (16, 16), value)))
+        assert gray.getpixel((8, 8)) == ((100,) * 3 if mode != "1" else (255,) * 3)
+
+
+def test_sixteen_bits_are_scaled():
+    """A 16-bit PNG of 30000 is 30000 / 257 = 117 gray, not white."""
+    deep = Image.fromarray(np.full((16, 16), 30000, np.uint16))
+    assert data.decode_image(encoded(deep)).getpixel((8, 8)) == pytest.approx((117,) * 3, abs=1)
+
+
+def test_exif_orientation_is_applied():
+    """Orientation 6 turns the picture by 90 degrees clockwise: left becomes top."""
+    image = Image.new("RGB", (24, 12), "blue")
+    image.paste("red", (0, 0, 12, 12))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = data.decode_image(encoded(image, exif=exif))
+    assert upright.size == (12, 24)
+    assert upright.getpixel((6, 4)) == (255, 0, 0) and upright.getpixel((6, 20)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("where", ["data", "header", "padding"])
+def test_a_truncated_tar_keeps_what_is_whole(tmp_path, where):
+    """The samples before the cut are kept, the cut is counted, the next shard is read."""
+    files = [
+        (f"{i}.{kind}", content)
+        for i in range(3)
+        for kind, content in (("txt", b"x"), ("jpg", photo(i)))
+    ]
+    path = write_tar(tmp_path / "0.tar", files)
+    with tarfile.open(path) as shard:
+        last = shard.getmember("2.jpg")
+    cut = {"data": last.offset_data + 50, "header": last.offset + 100, "padding": last.offset}[
+        where
+    ]
+    path.write_bytes(path.read_bytes()[:cut])
+    write_tar(tmp_path / "1.tar", [("9.jpg", photo()), ("9.txt", b"x")])
+    samples, dropped = read(str(tmp_path / "*.tar"))
+    assert [key for key, *_ in samples] == ["0", "1", "9"]
+    assert dropped == {"truncated shard": 1, "missing image": 1}
+
+
+def test_what_is_no_tar_is_counted(tmp_path):
+    """Random bytes and an empty file called .tar are lost shards, not crashes."""
+    (tmp_path / "0.tar").write_bytes(bytes(range(256)) * 8)
+    (tmp_path / "1.tar").write_bytes(b"")
+    assert read(str(tmp_path / "*.tar")) == ([], {"truncated shard": 2})
+
+
+def test_a_table_keeps_rows_that_begin_with_a_quote(tmp_path):
+    """caption<TAB>path is read line by line: a quote opens nothing, a missing file is counted."""
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(photo(i))
+    rows = [
+        '"quoted\t0.jpg',
+        'a "b" c\t1.jpg',
+        "gone\tno.jpg",
+        "no path",
+        f"whole\t{tmp_path}/2.jpg",
+    ]
+    (tmp_path / "x.tsv").write_text("\n".join(rows))
+    samples, dropped = read(tmp_path / "x.tsv")
+    assert [caption for *_, caption in samples] == ['"quoted', 'a "b" c', "whole"]
+    assert dropped == {"missing image": 2}
+
+
+def test_a_folder_is_a_source(tmp_path):
+    """Images with .txt beside them, in subfolders too, in the order of their names."""
+    for i, name in enumerate(("b", "a/x", "a/y")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.webp").write_bytes(photo(i, kind="WEBP"))
+        (tmp_path / f"{name}.txt").write_text(name)
+    (tmp_path / "a/y.txt").unlink()
+    samples, dropped = read(tmp_path)
+    assert [caption for *_, caption in samples] == ["a/x", "b"] and dropped == {
+        "missing caption": 1
+    }
+
+
+def test_a_source_that_is_none_is_named(tmp_path):
+    """A pattern without files or a file of another kind is refused by its name."""
+    (tmp_path / "x.zip").write_bytes(b"")
+    for source in (tmp_path / "x.zip", tmp_path / "*.tar", tmp_path / "none"):
+        with pytest.raises(ValueError) as error:
+            read(source)
+        assert str(source) in str(error.value)
+
+
+def test_nothing_is_unpacked(tmp_path, monkeypatch):
+    """Member names are data: reading and preparing writes the set and nothing else."""
+    for name in ("extract", "extractall"):
+        monkeypatch.setattr(tarfile.TarFile, name, lambda *_, **__: pytest.fail("unpacked"))
+    evil = [("../../evil.jpg", photo()), ("../../evil.txt", b"x"), ("/abs.jpg", photo())]
+    write_tar(
+        tmp_path / "x.tar", evil + [("/abs.txt", b"y"), ("ok.jpg", photo()), ("ok.txt", b"z")]
+    )
+    prepared = data.prepare_photos(tmp_path / "x.tar", tmp_path / "set")
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    names = ("images.npy", "text.npy", "text_index.npy", "meta.json")
+    assert files == {"x.tar", *(f"set/{name}" for name in names)} and len(prepared) == 3
+
+
+# ------------------------------------------------------------------------------- prepared sets
+
+
+def shard(path, first, good, bad=0):
+    """A shard of `good` sound samples and `bad` broken ones."""
+    files = []
+    for i in range(first, first + good + bad):
+        content = photo(i, (24, 20)) if i < first + good else b"<html>"
+        files += [(f"{i:05d}.jpg", content), (f"{i:05d}.txt", f"photo number {i}".encode())]
+    return write_tar(path, files)
+
+
+def test_losing_more_than_half_is_said_loudly(tmp_path, capsys):
+    """The losses are counted by reason in the report and the folder; above half in capitals."""
+    shard(tmp_path / "good.tar", 0, 6, 5)
+    shard(tmp_path / "bad.tar", 0, 5, 6)
+    data.prepare_photos(tmp_path / "good.tar", tmp_path / "a")
+    assert "WARNING" not in (quiet := capsys.readouterr().out) and "6 samples kept" in quiet
+    prepared = data.prepare_photos(tmp_path / "bad.tar", tmp_path / "b")
+    loud = capsys.readouterr().out
+    assert "MORE THAN HALF" in loud and "5 samples kept, 6 dropped {'not an image': 6}" in loud
+    assert prepared.meta["dropped"] == {"not an image": 6}
+    shard(tmp_path / "none.tar", 0, 0, 3)
+    with pytest.raises(ValueError, match="no usable sample.*'not an image': 3"):
+        data.prepare_photos(tmp_path / "none.tar", tmp_path / "c")
+
+
+def test_a_prepared_photo_is_the_central_square(tmp_path):
+    """Pictures are cropped, not squeezed, and lie beside their captions."""
+    image = Image.new("RGB", (96, 64), "blue")
+    image.paste("red", (16, 0, 80, 64))
+    write_tar(
+        tmp_path / "x.tar",
+        [
+            ("1.png", encoded(image)),
+            ("1.txt", b"one"),
+            ("2.png", encoded(image)),
+            ("2.txt", b"two"),
+        ],
+    )
+    prepared = data.prepare_photos(tmp_path / "x.tar", tmp_path / "set", size=32)
+    assert prepared.images.shape == (2, 32, 32, 3)
+    assert (prepared.images[0] == (255, 0, 0)).all()
+    assert prepared.texts(1) == {"caption": "two", "clean": None, "qa": []}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["shapes", "photos"])
+@pytest.mark.parametrize("kill", [0, 1, 2])
+def test_preparing_resumes_bytewise_the_same(tmp_path, monkeypatch, kind, kill):
+    """Killed between a write and its commit, the same command again gives the same bytes."""
+    for i in range(3):
+        shard(tmp_path / f"{i}.tar", 100 * i, 5 + i, i)
+    monkeypatch.setattr(data, "CHUNK", 20)
+    prepare = partial(data.prepare_photos, str(tmp_path / "*.tar"))
+    prepare = partial(data.prepare_shapes, count=50, seed=3) if kind == "shapes" else prepare
+    prepare(out=tmp_path / "whole")
+    commit, commits = data.write_json, []
+
+    def die(path, value):
+        if len(commits) == kill:
+            raise KeyboardInterrupt
+        commits.append(commit(path, value))
+
+    monkeypatch.setattr(data, "write_json", die)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(out=tmp_path / "killed")
+    assert not (tmp_path / "killed/meta.json").exists()
+    with pytest.raises(ValueError, match="is not a prepared set"):
+        data.PreparedSet(tmp_path / "killed")
+    with open(tmp_path / "killed/images.raw", "ab") as torn:
+        torn.write(b"half a row")
+    monkeypatch.setattr(data, "write_json", commit)
+    prepare(out=tmp_path / "killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_a_finished_set_is_not_made_again(tmp_path, monkeypatch):
+    """The same command opens what is there."""
+    data.prepare_shapes(tmp_path, 20)
+    monkeypatch.setattr(data, "draw_scenes", lambda *_: pytest.fail("drawn again"))
+    assert len(data.prepare_shapes(tmp_path, 20)) == 20
+
+
+def test_other_settings_are_refused(tmp_path, monkeypatch):
+    """A folder of another count, seed, size, source or kind is named, with what it holds."""
+    data.prepare_shapes(tmp_path / "s", 20, seed=1)
+    path = shard(tmp_path / "0.tar", 0, 4)
+    data.prepare_photos(path, tmp_path / "p", size=16)
+    before = contents(tmp_path / "s") | contents(tmp_path / "p")
+    tries = [
+        partial(data.prepare_shapes, tmp_path / "s", count, seed)
+        for count, seed in ((20, 2), (21, 1))
+    ]
+    tries += [partial(data.prepare_photos, path, tmp_path / "p", size) for size in (32, 64)]
+    tries += [
+        partial(
+            data.prepare_photos, path, tmp_path / "p", 16, "vit_tiny_patch16_224", 64, "untrained"
+        )
+    ]
+    tries += [partial(data.prepare_photos, path, tmp_path / "s")]
+    for attempt in tries:
+        with pytest.raises(
+            ValueError, match="was prepared with other settings.*(seed|size).*delete"
+        ):
+            attempt()
+    shard(path, 0, 40)  # the same name, other contents
+    with pytest.raises(ValueError, match="0.tar"):
+        data.prepare_photos(path, tmp_path / "p", size=16)
+    assert contents(tmp_path / "s") | contents(tmp_path / "p") == before
+
+
+def test_a_folder_that_changed_is_another_source(tmp_path):
+    """A set is not taken for prepared where its folder of images holds other files now."""
+    (tmp_path / "in").mkdir()
+    for i in range(4):
+        (tmp_path / f"in/{i}.jpg").write_bytes(photo(i))
+        (tmp_path / f"in/{i}.txt").write_text("a photo")
+    data.prepare_photos(tmp_path / "in", tmp_path / "set")
+    (tmp_path / "in/0.jpg").write_bytes(photo(9, (50, 50)))
+    with pytest.raises(ValueError, match="was prepared with other settings"):
+        data.prepare_photos(tmp_path / "in", tmp_path / "set")
+
+
+def test_an_unfinished_set_of_other_settings_is_refused(tmp_path, monkeypatch):
+    """Rows of two seeds can't mix in one folder, not even after a kill."""
+    monkeypatch.setattr(data, "CHUNK", 10)
+    monkeypatch.setattr(np, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare_shapes(tmp_path, 20, seed=1)
+    with pytest.raises(ValueError, match="'seed': 1"):
+        data.prepare_shapes(tmp_path, 20, seed=2)
+
+
+@pytest.mark.parametrize("count, held", [(10, 5), (600, 300), (2000, 500), (30000, 600)])
+def test_the_split_is_two_percent_or_five_hundred(tmp_path, monkeypatch, count, held):
+    """Training and validation rows are disjoint, complete and the same at every opening."""
+    data.prepare_shapes(tmp_path, 10)
+    monkeypatch.setattr(data.PreparedSet, "__len__", lambda _: count)
+    prepared = data.PreparedSet(tmp_path)
+    assert len(prepared.val_ids) == held
+    assert np.array_equal(np.sort(np.r_[prepared.train_ids, prepared.val_ids]), np.arange(count))
+    assert prepared.train_ids.max() < prepared.val_ids.min()  # shapes: the last rows
+
+
+def test_a_prepared_set_is_what_was_drawn(tmp_path):
+    """Each row has its picture and its texts; the maps are not loaded into memory."""
+    prepared = data.prepare_shapes(tmp_path, 1200, seed=4)
+    rng = np.random.default_rng([4, 1000])
+    prompts = data.category_prompts(rng, 200)
+    images, scenes = data.draw_scenes(prompts, rng)
+    assert np.array_equal(prepared.images[1000:], images)
+    assert isinstance(prepared.images, np.memmap)
+    for i in (0, 7, 199):
+        assert prepared.texts(1000 + i) == data.scene_texts(prompts[i], scenes[i], 4, 1000 + i)
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ("photos none/*.tar --out OUT", "none/*.tar"),
+        ("shapes --count 1 --out OUT", "count"),
+        ("shapes --count many", "many"),
+        ("photos . --size 2 --out OUT", "size"),
+        ("photos . --tower nonsense --out OUT", "nonsense"),
+        ("squares", "squares"),
+    ],
+)
+def test_what_a_user_gets_wrong_ends_in_one_line(tmp_path, capsys, arguments, named):
+    """Exit code 2 and a last line that names the value; no traceback, nothing written."""
+    with pytest.raises(SystemExit) as stop:
+        data.main(arguments.replace("OUT", str(tmp_path / "out")).split())
+    assert stop.value.code == 2
+    assert named in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_prepares(tmp_path, capsys):
+    """python data.py shapes --count 20 writes a set and says where."""
+    data.main(["shapes", "--count", "20", "--out", str(tmp_path)])
+    assert f"{tmp_path}: 20 images of 64 px" in capsys.readouterr().out
+    assert json.loads((tmp_path / "meta.json").read_text())["count"] == 20
+
+
+# ----------------------------------------------------------------------------------- towers
+
+
+@settings(max_examples=60, deadline=None)
+@given(side=st.integers(1, 40), target=st.integers(1, 10), channels=st.integers(1, 3))
+def test_any_grid_is_pooled(side, target, channels):
+    """k * k tokens out of any grid: each the mean of its cells, so a constant stays constant."""
+    grid = torch.arange(side * side * channels).float().view(1, side * side, channels)
+    pooled = data.pool_tokens(grid, target * target)
+    assert pooled.shape == (1, target * target, channels)
+    cells = grid.view(side, side, channels)
+    for i, j in ((0, 0), (target - 1, 0), (target // 2, target - 1)):
+        rows, columns = (slice(k * side // target, -(-(k + 1) * side // target)) for k in (i, j))
+        expected = cells[rows, columns].mean((0, 1))
+        assert torch.allclose(pooled[0, i * target + j], expected, rtol=1e-4)
+
+
+def test_what_is_no_square_grid_is_refused():
+    """A grid or a number of tokens that is no square is named."""
+    with pytest.raises(ValueError, match="12"):
+        data.pool_tokens(torch.zeros(1, 12, 4), 4)
+    with pytest.raises(ValueError, match="63"):
+        data.pool_tokens(torch.zeros(1, 64, 4), 63)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """timm's towers, but of width 32 and with one block; downloads fail."""
+    create, made = timm.create_model, []
+
+    def create_small(name, **options):
+        made.append(create(name, **{**options, "embed_dim": 32, "depth": 1, "num_heads": 2}))
+        return made[-1]
+
+    monkeypatch.setattr(timm, "create_model", create_small)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return made
+
+
+TOWERS = {  # name: prefix tokens, input side, mean
+    "vit_base_patch16_clip_224.laion2b": (1, 256, 0.48145466),
+    "vit_base_patch16_siglip_gap_224.v2_webli": (0, 256, 0.5),
+    "vit_base_patch32_siglip_gap_256.v2_webli": (0, 256, 0.5),
+    "vit_large_patch14_clip_224.laion2b": (1, 224, 0.5),
+    "vit_small_patch14_reg4_dinov2.lvd142m": (5, 224, 0.485),
+    data.EXAMPLE_TOWER: (1, 256, 0.48145466),
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_tower_gives_its_patch_tokens(small, name):
+    """With 0, 1 or 5 prefix tokens: only patches, normalised with the tower's own mean and std."""
+    prefix, side, mean = TOWERS[name]
+    torch.manual_seed(0)
+    tower, facts = data.open_tower(name, 64, "untrained")
+    (model,) = small
+    assert model.num_prefix_tokens == prefix
+    assert facts["side"] == side and facts["mean"][0] == pytest.approx(mean)
+    image = torch.rand(2, 3, side, side)
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    patches = model.forward_intermediates(
+        (image - mean) / std, indices=1, norm=True, output_fmt="NLC", intermediates_only=True
+    )[-1]
+    grid = side // model.patch_embed.patch_size[0]
+    assert patches.shape == (2, grid * grid, 32) and grid % 8 == 0
+    cells = patches.view(2, 8, grid // 8, 8, grid // 8, 32).mean((2, 4)).flatten(1, 2)
+    assert torch.allclose(tower(image), cells, atol=1e-5)
+
+
+def test_a_tower_stays_frozen_under_its_parent(small):
+    """parent.train() wakes neither dropout nor gradients, and the optimiser finds nothing."""
+    tower, facts = data.open_tower("vit_tiny_patch16_224", 16, "untrained")
+    parent = torch.nn.Sequential(tower, torch.nn.Dropout()).train()
+    assert parent[1].training and not any(module.training for module in tower.modules())
+    assert not any(p.requires_grad for p in parent.parameters())
+    image = torch.rand(1, 3, facts["side"], facts["side"])
+    assert not parent[0](image).requires_grad and torch.equal(tower(image), tower(image))
+
+
+def test_quickgelu_weights_are_refused_under_the_plain_name(small):
+    """timm loads them with plain GELU and only notes it: each is refused, with its right name."""
+    noted = 0
+    for name in timm.list_pretrained("vit_*_clip_*"):
+        if "QuickGELU" in str(timm.models.get_pretrained_cfg(name).notes) and "quick" not in name:
+            right = re.sub(r"_clip_(\d)", r"_clip_quickgelu_\1", name)
+            with pytest.raises(ValueError, match=f"use {re.escape(right)}"):
+                data.open_tower(name)
+            noted += 1
+    assert noted > 10 and not small
+    data.open_tower("vit_base_patch16_clip_quickgelu_224.openai", 64, "untrained")
+    activation, x = small[0].blocks[0].mlp.act, torch.linspace(-3, 3, 7)
+    assert torch.allclose(activation(x), x * torch.sigmoid(1.702 * x))
+
+
+@pytest.mark.parametrize("name", ["nonsense", "resnet50", "vit_tiny_patch16", "patch16", ""])
+def test_an_unknown_tower_is_named(name):
+    """The name that is wrong and one that is right are in the message."""
+    with pytest.raises(ValueError, match=f"tower {name!r} is unknown.*tinyclip"):
+        data.open_tower(name, 64, "untrained")
+
+
+def test_tower_weights_come_from_a_file(small, tmp_path):
+    """Offline a .safetensors file is read by timm's overlay; a missing or wrong one is named."""
+    name = "vit_tiny_patch16_224"
+    first, facts = data.open_tower(name, 64, "untrained")
+    save_file(first.model.state_dict(), tmp_path / "x.safetensors")
+    again, _ = data.open_tower(name, 64, tmp_path / "x.safetensors")
+    image = torch.rand(1, 3, facts["side"], facts["side"])
+    assert torch.equal(first(image), again(image))
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    for file in (tmp_path / "bad.safetensors", tmp_path / "none.safetensors"):
+        with pytest.raises(ValueError, match=f"cannot open tower {name} from {file}"):
+            data.open_tower(name, 64, file)
+
+
+def test_features_lie_beside_the_pictures(small, tmp_path):
+    """Features are the tower's of the source image at its own size, under a name that says so."""
+    name = "vit_tiny_patch16_224"
+    shard(tmp_path / "0.tar", 0, 4)
+    prepared = data.prepare_photos(tmp_path / "0.tar", tmp_path / "set", 16, name, 16, "untrained")
+    assert prepared.features.shape == (4, 16, 32) and prepared.features.dtype == np.float16
+    assert prepared.meta["features"] == f"features-{name}-256px-16"
+    source = Image.open(io.BytesIO(photo(2, (24, 20)))).convert("RGB").crop((2, 0, 22, 20))
+    view = np.asarray(source.resize((256, 256), Image.Resampling.BICUBIC))
+    tower = data.Tower(
+        small[0], 16, small[0].pretrained_cfg["mean"], small[0].pretrained_cfg["std"]
+    )
+    expected = tower(torch.from_numpy(view.copy()).permute(2, 0, 1)[None] / 255)[0]
+    assert np.allclose(prepared.features[2], expected.numpy(), atol=0.01)
+
+
+def test_reading_is_bounded_in_memory(tmp_path):
+    """A file beyond the cap is cut while it is read, and its sample dropped by reason."""
+    with open(tmp_path / "1.jpg", "wb") as file:
+        os.truncate(file.fileno(), data.MAX_BYTES + 2**20)
+    (tmp_path / "1.txt").write_text("large")
+    samples, dropped = read(tmp_path)
+    assert not samples and dropped == {"file over 64 MB": 1}
