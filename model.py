@@ -643,7 +643,8 @@ class Unified(nn.Module):
         self.words = nn.Embedding(vocabulary, width)
         self.projector = mlp(channels, width, width)
         self.places = nn.Parameter(torch.randn(tokens, width) * 0.5)
-        self.queries = nn.Parameter(torch.randn(tokens, width) * 0.5)
+        # small beside what they read: else their states differ by query and hardly by prompt
+        self.queries = nn.Parameter(torch.randn(tokens, width) * 0.02)
         self.trunk = Trunk(width, depth, heads)
         self.head = nn.Linear(width, vocabulary, bias=False)
         nn.init.normal_(self.words.weight, std=0.5)

@@ -80,13 +80,13 @@ class Config:
     clip_steps: int = flag(450, "steps of stage clip")
     vae_steps: int = flag(800, "steps of stage vae")
     understand_steps: int = flag(160, "steps of stage understand")
-    generate_steps: int = flag(450, "steps of stage generate")
-    tune_steps: int = flag(850, "steps of stage tune")
+    generate_steps: int = flag(600, "steps of stage generate")
+    tune_steps: int = flag(1700, "steps of stage tune")
     decode_steps: int = flag(550, "steps of stage decode")
     clip_batch: int = flag(24, "images a step of stage clip")
     vae_batch: int = flag(16, "images a step of stage vae")
     understand_batch: int = flag(16, "sequences a step of stage understand")
-    generate_batch: int = flag(16, "prompts a step of stages generate and tune")
+    generate_batch: int = flag(8, "prompts a step of stages generate and tune")
     decode_batch: int = flag(32, "images a step of stage decode")
     draws: int = flag(8, "noise draws for each prompt, sharing one pass of the backbone")
     drop: float = flag(0.1, "share of conditions replaced by zeros, for guidance")
@@ -127,7 +127,7 @@ class Config:
 PRESETS = {
     "demo": {},
     "photos": {  # no questions and no clean prompts: less to understand, nothing to tune
-        **{"clip_steps": 400, "vae_steps": 500, "understand_steps": 60, "generate_steps": 450},
+        **{"clip_steps": 400, "vae_steps": 500, "understand_steps": 100, "generate_steps": 900},
         **{"tune_steps": 0, "decode_steps": 500},
     },
     "micro": {  # seconds, for tests
