@@ -326,7 +326,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the noise (default %(default)s)")
     add("--count", type=int, default=4, help="pictures for each prompt (default %(default)s)")
     add("--steps", type=int, default=10, help="of the flow head (default %(default)s)")
-    add("--guidance", type=float, default=2.0, help="of the flow head; 1 is off (%(default)s)")
+    add("--guidance", type=float, default=4.0, help="of the flow head; 1 is off (%(default)s)")
     add("--decoder_steps", type=int, default=4, help="of the decoder (default %(default)s)")
     add("--decoder_guidance", type=float, default=1.0, help="of the decoder (%(default)s)")
     options = parser.parse_args(arguments)
