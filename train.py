@@ -127,7 +127,7 @@ class Config:
 PRESETS = {
     "demo": {},
     "photos": {  # no questions and no clean prompts: less to understand, nothing to tune
-        **{"clip_steps": 400, "vae_steps": 500, "understand_steps": 100, "generate_steps": 900},
+        **{"clip_steps": 400, "vae_steps": 500, "understand_steps": 250, "generate_steps": 900},
         **{"tune_steps": 0, "decode_steps": 500},
     },
     "micro": {  # seconds, for tests
@@ -343,13 +343,15 @@ def flat_texts(entry: dict) -> list[str]:
 
 
 def understanding_row(entry: dict, rng) -> list[tuple[str, str | None]]:
-    """A dialogue of four questions in random order; the caption comes last, or first and alone.
+    """A dialogue about an image: four questions in random order, then the caption.
 
-    In a third of the rows the caption stands in the image's place: they teach to read.
+    In a third of the rows the caption stands in the image's place. They teach to read (without
+    questions: to repeat), and without them the queries' states would hardly know the prompt.
     """
     pairs = [entry["qa"][i] for i in rng.permutation(len(entry["qa"]))[:4]]
     turns = [part for q, a in pairs for part in (("user", q), ("bot", a))]
-    if turns and rng.random() < 1 / 3:
+    if rng.random() < 1 / 3:
+        turns = turns or [("user", "repeat"), ("bot", entry["caption"])]
         return [("user", entry["caption"]), *turns]
     # behind the caption the questions could be answered without looking
     return [("image", None), *turns, ("user", DESCRIBE), ("bot", entry["caption"])]
