@@ -599,10 +599,19 @@ def is_finished(out, settings):
             return path.name == "meta.json"
 
 
+def write_whole(path: Path, write) -> None:
+    """`write(temporary path)`, flush, rename: the file appears whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 def write_json(path, value):
     """Writes JSON whole or not at all."""
-    Path(f"{path}.part").write_text(json.dumps(value, indent=1))
-    os.replace(f"{path}.part", path)
+    text = json.dumps(value, indent=1)
+    write_whole(Path(path), lambda temporary: temporary.write_text(text))
 
 
 def write_set(out, settings, sources, read, extra=()):

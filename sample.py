@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 import data
 import model as M
-from train import load_model, write_whole
+from data import write_whole
+from train import DESCRIBE, load_model
 
 HERE = Path(__file__).parent
 BATCH = 128  # rows at once: bounds the memory, changes no picture
@@ -355,7 +356,7 @@ def run_tasks(o: argparse.Namespace) -> None:
         save_grid(Path(o.out), images, o.prompts, o.count)
         print(o.out)
     if o.caption:
-        print(studio.answer(studio.see(studio.open(o.caption)), ["describe"])[0])
+        print(studio.answer(studio.see(studio.open(o.caption)), [DESCRIBE])[0])
     if o.ask:
         print(studio.answer(studio.see(studio.open(o.image)), [o.ask])[0])
     if o.reconstruct:

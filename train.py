@@ -30,7 +30,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import model as M
-from data import PreparedSet
+from data import PreparedSet, write_whole
 
 STAGES = ("clip", "vae", "cache", "understand", "generate", "tune", "decode")
 STEPS = tuple(f"{stage}_steps" for stage in STAGES)
@@ -194,15 +194,6 @@ def resolve_machine(c: Config) -> tuple[torch.device, torch.dtype | None, bool]:
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
             ctypes.CDLL(None).mallopt(option, value)
     return torch.device(device), dtype, compile
-
-
-def write_whole(path: Path, write) -> None:
-    """`write(temporary path)`, flush, rename: the file appears whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
