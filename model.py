@@ -77,6 +77,7 @@ def build_sequences(
     tokenizer: Tokenizer,
     rows: Sequence[Sequence[tuple[str, str | None]]],
     tokens: int = 64,
+    queries: int = 64,
     length: int | None = None,
     cut: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -86,20 +87,20 @@ def build_sequences(
         ("image", None)    `tokens` positions that image vectors will fill
         ("user", text)     <user> text
         ("bot", text)      <bot> text <eos>, the part that carries loss; text None leaves it open
-        ("queries", None)  `tokens` positions that the learned queries will fill
+        ("queries", None)  `queries` positions that the learned queries will fill
     Returns ids (B, T) and learn (B, T), true where the token is to be predicted. Rows are padded
     on the left, so that the last position is the last of each row; T is `length`, or the longest
     row rounded up to 16.
 
     Raises ValueError if a row is longer than `length`, unless `cut` drops its end.
     """
-    built = []
+    built, slots = [], {"image": [IMAGE] * tokens, "queries": [QUERY] * queries}
     for row in rows:
         ids, learn = [BOS], [False]
         for role, text in row:
             body = tokenizer.encode(text) if text is not None else []
-            if role in ("image", "queries"):
-                body = [IMAGE if role == "image" else QUERY] * tokens
+            if role in slots:
+                body = slots[role]
             elif role == "bot" and text is not None:
                 body = [BOT, *body, EOS]
             else:
@@ -585,7 +586,7 @@ class TinyCLIP(nn.Module):
         self.noise, self.patch = noise, patch
         self.bottleneck = nn.Linear(width, channels)
         self.image_head = mlp(channels, width, width)
-        self.pixel_head = mlp(channels, width, 3 * patch**2)
+        self.pixel_head = mlp(channels, 4 * width, 3 * patch**2)
         self.words = nn.Embedding(vocabulary, width)
         self.text = Trunk(width, 2, heads)
         self.text_head = nn.Linear(width, width, bias=False)
@@ -637,14 +638,14 @@ class Unified(nn.Module):
     the flow head.
     """
 
-    def __init__(self, vocabulary: int, shape, width: int, depth: int, heads: int):
+    def __init__(self, vocabulary: int, shape, queries: int, width: int, depth: int, heads: int):
         super().__init__()
-        tokens, channels = shape  # (N, C) of an image's vectors; as many queries
+        tokens, channels = shape  # (N, C) of an image's vectors
         self.words = nn.Embedding(vocabulary, width)
         self.projector = mlp(channels, width, width)
         self.places = nn.Parameter(torch.randn(tokens, width) * 0.5)
         # small beside what they read: else their states differ by query and hardly by prompt
-        self.queries = nn.Parameter(torch.randn(tokens, width) * 0.02)
+        self.queries = nn.Parameter(torch.randn(queries, width) * 0.02)
         self.trunk = Trunk(width, depth, heads)
         self.head = nn.Linear(width, vocabulary, bias=False)
         nn.init.normal_(self.words.weight, std=0.5)
@@ -743,7 +744,7 @@ class BLIP3o(nn.Module):
         self.treatment = Treatment(raw_channels or c.channels, c.channels)
         self.vae = VAE(c.vae_width, c.vae_depth)
         self.latent_treatment = Treatment(4, 4)
-        self.backbone = Unified(vocabulary, vectors, *size(c.width, c.depth))
+        self.backbone = Unified(vocabulary, vectors, c.queries, *size(c.width, c.depth))
         head = size(c.dit_width, c.dit_depth)
         self.head = DiT(vectors, c.width, *head, patch=c.dit_patch, predicts=c.predicts)
         decoder = size(c.decoder_width, c.decoder_depth)

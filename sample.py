@@ -84,7 +84,7 @@ class Studio:
         net, made = self.net, []
         rows = [[("user", text), ("queries", None)] for text in prompts]
         for part in self.batches(len(rows), "vectors"):
-            ids = M.build_sequences(self.tokenizer, rows[part], self.config.tokens)[0]
+            ids = M.build_sequences(self.tokenizer, rows[part], queries=self.config.queries)[0]
             noise = row_noise(seeds[part], net.head.shape).to(self.device)
             made.append(
                 net.imagine(ids.to(self.device), noise, shift=self.config.shift, **self.flow)

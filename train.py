@@ -57,13 +57,14 @@ class Config:
     compile: str = flag("auto", "torch.compile", ("auto", "on", "off"))
     optimizer: str = flag("muon", "muon has adamw for all but matrices", ("adamw", "muon"))
     joint: bool = flag(False, "train the backbone during generation too")
-    tokens: int = flag(64, "vectors of an image, and learned queries")
-    channels: int = flag(32, "width of the treated vectors")
+    tokens: int = flag(64, "vectors of an image")
+    queries: int = flag(16, "learned queries behind a prompt; the paper has as many as vectors")
+    channels: int = flag(8, "width of the treated vectors")
     treatment: str = flag("standardise", "of the vectors", ("standardise", "whiten"))
     head_dim: int = flag(64, "width of an attention head")
     clip_width: int = flag(128, "width of the tiny CLIP's towers")
     clip_depth: int = flag(3, "blocks of the tiny CLIP's image tower")
-    clip_noise: float = flag(0.1, "noise on the vectors that the tiny CLIP's losses read")
+    clip_noise: float = flag(0.05, "noise on the vectors that the tiny CLIP's losses read")
     pixel_weight: float = flag(20.0, "weight of the pixel loss beside the contrastive one")
     vae_width: int = flag(48, "channels of the VAE")
     vae_depth: int = flag(2, "residual blocks of its encoder and of its decoder")
@@ -77,18 +78,18 @@ class Config:
     decoder_depth: int = flag(4, "blocks of the decoder")
     decoder_patch: int = flag(2, "neighbouring latents per token of the decoder, a side")
     decoder_noise: float = flag(0.5, "largest noise on the vectors that the decoder learns from")
-    clip_steps: int = flag(450, "steps of stage clip")
-    vae_steps: int = flag(800, "steps of stage vae")
+    clip_steps: int = flag(600, "steps of stage clip")
+    vae_steps: int = flag(600, "steps of stage vae")
     understand_steps: int = flag(160, "steps of stage understand")
-    generate_steps: int = flag(600, "steps of stage generate")
-    tune_steps: int = flag(1700, "steps of stage tune")
-    decode_steps: int = flag(550, "steps of stage decode")
+    generate_steps: int = flag(400, "steps of stage generate")
+    tune_steps: int = flag(2100, "steps of stage tune")
+    decode_steps: int = flag(700, "steps of stage decode")
     clip_batch: int = flag(24, "images a step of stage clip")
     vae_batch: int = flag(16, "images a step of stage vae")
     understand_batch: int = flag(16, "sequences a step of stage understand")
-    generate_batch: int = flag(8, "prompts a step of stages generate and tune")
+    generate_batch: int = flag(32, "prompts a step of stages generate and tune")
     decode_batch: int = flag(32, "images a step of stage decode")
-    draws: int = flag(8, "noise draws for each prompt, sharing one pass of the backbone")
+    draws: int = flag(2, "noise draws for each prompt, sharing one pass of the backbone")
     drop: float = flag(0.1, "share of conditions replaced by zeros, for guidance")
     shift: float = flag(2.0, "schedule shift of generation; above 1 more time near noise")
     broad_share: float = flag(0.1, "share of pretraining captions while tuning")
@@ -128,7 +129,8 @@ PRESETS = {
     "demo": {},
     "photos": {  # no questions and no clean prompts: less to understand, nothing to tune
         **{"clip_steps": 400, "vae_steps": 500, "understand_steps": 250, "generate_steps": 900},
-        **{"tune_steps": 0, "decode_steps": 500},
+        **{"tune_steps": 0, "decode_steps": 500, "generate_batch": 8, "draws": 8},
+        **{"channels": 32, "clip_noise": 0.1, "queries": 64},
     },
     "micro": {  # seconds, for tests
         **{f"{part}_width": 32 for part in ("clip", "dit", "decoder")},
@@ -283,7 +285,7 @@ class Run:
         prompts = [exact or t["caption"] for t, exact in zip(texts, clean)]
         tokens = self.build([[("user", text), ("queries", None)] for text in prompts])[0]
         if c.joint:
-            states = self.model.backbone.states(tokens)[:, -c.tokens :]
+            states = self.model.backbone.states(tokens)[:, -c.queries :]
         else:
             states = self.model.backbone.query_states(tokens)
         # the draws of a clean prompt come from different pictures of it: they share one pass
@@ -325,7 +327,8 @@ class Run:
         return torch.from_numpy(rng.random((len(ids), 1, 1)) >= self.config.drop).to(self.device)
 
     def build(self, rows) -> tuple[Tensor, Tensor]:
-        ids, learn = M.build_sequences(self.tokenizer, rows, self.config.tokens)
+        c = self.config
+        ids, learn = M.build_sequences(self.tokenizer, rows, c.tokens, c.queries)
         return ids.to(self.device), learn.to(self.device)
 
 

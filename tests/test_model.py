@@ -13,7 +13,7 @@ from torch import nn
 import model as M
 import train
 
-TOKENS, CHANNELS, WIDTH = 4, 6, 32
+TOKENS, QUERIES, CHANNELS, WIDTH = 4, 3, 6, 32
 
 
 def lively(net: nn.Module) -> nn.Module:
@@ -41,7 +41,7 @@ def trunk():
 
 @pytest.fixture
 def unified():
-    return lively(M.Unified(300, (TOKENS, CHANNELS), WIDTH, depth=2, heads=2))
+    return lively(M.Unified(300, (TOKENS, CHANNELS), QUERIES, WIDTH, depth=2, heads=2))
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def prompts():
     """Ids of three prompts of different lengths, each followed by the queries."""
     texts = ("a circle", "two red squares and a triangle", "")
     rows = [[("user", text), ("queries", None)] for text in texts]
-    return M.build_sequences(M.Tokenizer(), rows, TOKENS)[0]
+    return M.build_sequences(M.Tokenizer(), rows, TOKENS, QUERIES)[0]
 
 
 def alone(row):
@@ -109,7 +109,7 @@ def test_golden_layouts(task):
     """Every task's row, written out by hand: ids, padding on the left, positions with loss."""
     names, golden, learned = LAYOUTS[task]
     row, tokenizer = [PARTS[name] for name in names], M.Tokenizer([" red", " circle"])
-    ids, learn = M.build_sequences(tokenizer, [row, [PARTS["user"]]], tokens=2)
+    ids, learn = M.build_sequences(tokenizer, [row, [PARTS["user"]]], 2, 2)
     assert ids.tolist()[0] == [M.PAD] * (16 - len(golden)) + golden
     assert ids.tolist()[1] == [M.PAD] * 13 + [M.BOS, *ASK]
     assert learn[0].nonzero()[:, 0].tolist() == [16 + i for i in learned]
@@ -186,13 +186,13 @@ def test_padding_changes_nothing(unified, prompts):
 
 def test_query_states_are_the_last_states(unified, prompts):
     """Prefix from the caches, then the queries: the same as the whole sequence at once."""
-    close(unified.query_states(prompts), unified.states(prompts)[:, -TOKENS:])
+    close(unified.query_states(prompts), unified.states(prompts)[:, -QUERIES:])
 
 
 def test_text_loss_by_hand(unified):
     """The loss is the mean of -log p(token | what stands before it) over the learned tokens."""
     rows = [[("image", None), ("user", "?"), ("bot", text)] for text in ("red", "no circle")]
-    ids, learn = M.build_sequences(M.Tokenizer(), rows, TOKENS)
+    ids, learn = M.build_sequences(M.Tokenizer(), rows, TOKENS, QUERIES)
     vectors = torch.randn(2, TOKENS, CHANNELS)
     chances = unified.head(unified.states(ids, vectors)).log_softmax(-1)
     terms = [-chances[b, t - 1, ids[b, t]] for b, t in learn.nonzero().tolist()]
@@ -203,7 +203,7 @@ def test_text_loss_by_hand(unified):
 def test_greedy_writing_is_the_uncached_loop(unified):
     """Text written in a batch with caches is that of an argmax over whole sequences, row by row."""
     rows = [[("image", None), ("user", text), ("bot", None)] for text in ("what?", "", "how many")]
-    ids = M.build_sequences(M.Tokenizer(), rows, TOKENS)[0]
+    ids = M.build_sequences(M.Tokenizer(), rows, TOKENS, QUERIES)[0]
     vectors, golden = torch.randn(3, TOKENS, CHANNELS), []
     # random weights never stop: make <eos> as likely as the rest together
     unified.head.weight[M.EOS] *= 2.5
