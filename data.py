@@ -8,13 +8,13 @@ the ShapesEval prompts; a reader of real photos; and the prepared set on disk bo
 
 import argparse
 import glob
+import inspect
 import io
 import json
 import math
 import os
 import random
 import re
-import sys
 import tarfile
 import zlib
 from collections import Counter, namedtuple
@@ -27,6 +27,13 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
+
+
+def require(condition, message):
+    """ValueError with this message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
 
 # ------------------------------------------------------------------------------------ the world
 
@@ -87,8 +94,8 @@ TRAINING_PROMPTS += PLAIN_PROMPTS.values()
 
 def parse_prompt(text):
     """The Prompt with this text, e.g. "two red triangles"; ValueError on any other wording."""
-    if text not in ALL_PROMPTS:
-        raise ValueError(f"cannot parse {text!r}: expected e.g. 'a red circle left of a square'")
+    message = f"cannot parse {text!r}: expected e.g. 'a red circle left of a square'"
+    require(text in ALL_PROMPTS, message)
     return ALL_PROMPTS[text]
 
 
@@ -427,8 +434,8 @@ class Tower(torch.nn.Module):
 def pool_tokens(tokens, n):
     """Averages a square grid of tokens (B, N, C) to n = k * k tokens (B, n, C)."""
     side, target = math.isqrt(tokens.shape[1]), math.isqrt(n)
-    if side * side != tokens.shape[1] or target * target != n:
-        raise ValueError(f"expected square grids, got {tokens.shape[1]} tokens to pool to {n}")
+    square = (side * side, target * target) == (tokens.shape[1], n)
+    require(square, f"expected square grids, got {tokens.shape[1]} tokens to pool to {n}")
     grid = tokens.transpose(1, 2).unflatten(2, (side, side))  # (B, C, side, side)
     grid = torch.nn.functional.adaptive_avg_pool2d(grid, target)
     return grid.flatten(2).transpose(1, 2)  # (B, n, C)
@@ -457,7 +464,7 @@ def open_tower(name, tokens=64, weights=None):
     except Exception as error:  # the hub, safetensors and timm each have their own kinds
         source = weights or "timm's hub"
         raise ValueError(f"cannot open tower {name} from {source}: {error!r}") from error
-    facts = {"mean": model.pretrained_cfg["mean"], "std": model.pretrained_cfg["std"], "side": side}
+    facts = {key: list(model.pretrained_cfg[key]) for key in ("mean", "std")} | {"side": side}
     return Tower(model, tokens, facts["mean"], facts["std"]), facts
 
 
@@ -471,13 +478,12 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit and its warning: ours is low
 
 def expand_sources(sources):
     """Glob patterns or paths -> sorted paths of tar shards, .tsv tables and folders."""
-    paths = []
-    for pattern in [sources] if isinstance(sources, (str, Path)) else sources:
-        paths += sorted(glob.glob(str(pattern))) or [str(pattern)]
+    patterns = [sources] if isinstance(sources, (str, Path)) else sources
+    paths = [path for s in map(str, patterns) for path in sorted(glob.glob(s)) or [s]]
     for path in paths:
         tar_or_table = path.endswith((".tar", ".tar.gz", ".tgz", ".tsv")) and os.path.isfile(path)
-        if not (tar_or_table or os.path.isdir(path)):
-            raise ValueError(f"{path} is not a .tar shard, a .tsv table or a folder")
+        message = f"{path} is not a .tar shard, a .tsv table or a folder"
+        require(tar_or_table or os.path.isdir(path), message)
     return list(dict.fromkeys(paths))
 
 
@@ -488,10 +494,9 @@ def decode_image(data):
     except Exception as error:
         raise ValueError("not an image") from error
     short, long = sorted(image.size)  # known from the header, before decoding
-    if short * long > MAX_PIXELS:
-        raise ValueError(f"more than {MAX_PIXELS // 1_000_000} megapixels")
-    if short < MIN_SIDE or long > MAX_ASPECT * short:
-        raise ValueError(f"a side under {MIN_SIDE} px or aspect beyond {MAX_ASPECT}")
+    require(short * long <= MAX_PIXELS, f"more than {MAX_PIXELS // 1_000_000} megapixels")
+    fine = short >= MIN_SIDE and long <= MAX_ASPECT * short
+    require(fine, f"a side under {MIN_SIDE} px or aspect beyond {MAX_ASPECT}")
     try:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to white
@@ -503,16 +508,16 @@ def decode_image(data):
 
 
 def head(file):
-    """The bytes of a file, cut beyond MAX_BYTES."""
-    with open(file, "rb") as data:
-        return data.read(MAX_BYTES + 1)
+    """The bytes of an open file, cut beyond MAX_BYTES."""
+    with file:
+        return file.read(MAX_BYTES + 1)
 
 
 def entries(path):
     """(name, bytes cut beyond MAX_BYTES) of each file in a tar, a table's rows or a folder."""
     if os.path.isdir(path):
         files = filter(Path.is_file, sorted(Path(path).rglob("*")))
-        yield from ((str(file), head(file)) for file in files)
+        yield from ((str(file), head(file.open("rb"))) for file in files)
     elif path.endswith(".tsv"):
         with open(path, "rb") as table:  # not csv, which merges rows that begin with a quote
             for number, line in enumerate(table):
@@ -520,12 +525,12 @@ def entries(path):
                 image = Path(path).parent / os.fsdecode(name)
                 yield f"{number}.txt", caption
                 if image.is_file():
-                    yield f"{number}{image.suffix}", head(image)
+                    yield f"{number}{image.suffix}", head(image.open("rb"))
     else:
         with tarfile.open(path, "r|*") as shard:
             for member in filter(tarfile.TarInfo.isfile, shard):
                 shard.members = []  # tarfile remembers every member otherwise
-                data = shard.extractfile(member).read(MAX_BYTES + 1)
+                data = head(shard.extractfile(member))
                 if len(data) < min(member.size, MAX_BYTES + 1):
                     raise EOFError
                 yield member.name, data
@@ -547,13 +552,12 @@ def members(path, dropped):
 
 def open_sample(parts):
     """{"image": bytes, "txt": bytes} -> RGB image, caption; ValueError with the reason to drop."""
-    if len(parts) < 2:
-        raise ValueError("missing caption" if "image" in parts else "missing image")
-    if max(map(len, parts.values())) > MAX_BYTES:
-        raise ValueError(f"file over {MAX_BYTES // 2**20} MB")
+    require("image" in parts, "missing image")
+    require("txt" in parts, "missing caption")
+    require(max(map(len, parts.values())) <= MAX_BYTES, f"file over {MAX_BYTES // 2**20} MB")
     caption = " ".join(parts["txt"].decode("utf-8-sig", "replace").split())
-    if not caption or "\ufffd" in caption:
-        raise ValueError("caption is not UTF-8" if caption else "empty caption")
+    require(caption, "empty caption")
+    require("\ufffd" not in caption, "caption is not UTF-8")
     return decode_image(parts["image"]), caption
 
 
@@ -569,8 +573,7 @@ def read_samples(sources, dropped):
             parts = dict(reversed(files))  # the first of each kind
             dropped.update(["duplicate key"] * (len(files) - len(parts)))
             try:
-                if key in seen:
-                    raise ValueError("duplicate key")
+                require(key not in seen, "duplicate key")
                 yield key, *open_sample(parts)
             except ValueError as error:
                 dropped[str(error)] += 1
@@ -589,16 +592,6 @@ FORMAT = 1  # of the folder; raise it when an older folder must not be read
 CHUNK = 1000  # scenes between two commits
 
 
-def is_finished(out, settings):
-    """True for a finished set with these settings; ValueError where others lie in the folder."""
-    for path in (Path(out) / "meta.json", Path(out) / "progress.json"):
-        if path.is_file():
-            old = json.loads(path.read_text())["settings"]
-            if old != settings:
-                raise ValueError(f"{out} was prepared with other settings, {old}: delete it first")
-            return path.name == "meta.json"
-
-
 def write_whole(path: Path, write) -> None:
     """`write(temporary path)`, flush, rename: the file appears whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
@@ -614,16 +607,22 @@ def write_json(path, value):
     write_whole(Path(path), lambda temporary: temporary.write_text(text))
 
 
-def write_set(out, settings, sources, read, extra=()):
-    """Writes what read(source, dropped) yields: [texts], {name: rows}; resumes at a source.
+def write_set(out, settings, sources, read):
+    """Writes what read(source, dropped) yields: [texts], {name: rows} -> PreparedSet.
 
-    Rows are appended to raw files, which a later run cuts to their lengths in progress.json.
+    Rows are appended to raw files; meta.json holds their lengths after each source, to which a
+    later run cuts them before it goes on, and the version once the set is finished. ValueError
+    where a set of other settings lies in the folder.
     """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    out, settings = Path(out), settings | {"format": FORMAT}
     state = {"settings": settings, "units": 0, "count": 0, "arrays": {}, "dropped": {}}
-    if (out / "progress.json").is_file():
-        state = json.loads((out / "progress.json").read_text())
+    if (out / "meta.json").is_file():
+        state = json.loads((out / "meta.json").read_text())
+        old = state["settings"]
+        require(old == settings, f"{out} was prepared with other settings, {old}: delete it first")
+    if "version" in state:
+        return PreparedSet(out)
+    out.mkdir(parents=True, exist_ok=True)
     arrays, dropped = state["arrays"], Counter(state["dropped"])
     for file in out.glob("*.raw"):
         os.truncate(file, arrays.get(file.stem, [0])[0])
@@ -638,20 +637,18 @@ def write_set(out, settings, sources, read, extra=()):
                     entry[0] += array.nbytes
                     with open(out / f"{name}.raw", "ab") as file:
                         file.write(array.tobytes())
-                state["count"] += len(texts)
                 bar.update(len(texts))
-            state |= {"units": state["units"] + 1, "dropped": dropped}
-            write_json(out / "progress.json", state)
+            state |= {"units": state["units"] + 1, "count": bar.n, "dropped": dropped}
+            write_json(out / "meta.json", state)
     lost, kept = sum(dropped.values()), state["count"]
     warning = "WARNING: MORE THAN HALF OF THE SAMPLES ARE LOST:" if lost > kept else ""
     print(warning, f"{kept} samples kept, {lost} dropped", dict(dropped.most_common()) or "")
-    if not kept:
-        raise ValueError(f"no usable sample: {dict(dropped)}")
+    require(kept, f"no usable sample: {dict(dropped)}")
     for name, (_, dtype, shape) in arrays.items():
         raw = np.memmap(out / f"{name}.raw", dtype, "r").reshape(-1, *shape)  # (rows, ...)
         np.save(out / f"{name}.npy", raw)
-    write_json(out / "meta.json", {"version": FORMAT, "features": None, **state, **dict(extra)})
-    for file in [*out.glob("*.raw"), out / "progress.json"]:
+    write_json(out / "meta.json", state | {"version": FORMAT})
+    for file in out.glob("*.raw"):
         file.unlink()
     return PreparedSet(out)
 
@@ -664,14 +661,14 @@ class PreparedSet:
     """
 
     def __init__(self, folder):
-        if not (Path(folder) / "meta.json").is_file():
-            raise ValueError(f"{folder} is not a prepared set: run data.py first")
-        self.meta = json.loads((Path(folder) / "meta.json").read_text())
-        if self.meta["version"] != FORMAT:
-            raise ValueError(f"{folder} has format {self.meta['version']}, not {FORMAT}")
-        names = ("images", "text", "text_index", self.meta["features"])
-        maps = [name and np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in names]
-        self.images, self._text, self._ends, self.features = maps
+        self.folder, path = folder, Path(folder) / "meta.json"
+        self.meta = json.loads(path.read_text()) if path.is_file() else {}
+        finished = self.meta.get("version") == FORMAT
+        require(finished, f"{folder} is not a prepared set of format {FORMAT}: run data.py first")
+        names = {name: path.with_name(f"{name}.npy") for name in self.meta["arrays"]}
+        maps = {name: np.load(file, mmap_mode="r") for name, file in names.items()}
+        self.images, self._text, self._ends = maps["images"], maps["text"], maps["text_index"]
+        self.features = maps.get("features")
         order, count = np.arange(len(self)), min(max(len(self) // 50, 500), len(self) // 2)
         if self.meta["settings"]["kind"] == "photos":  # the last shard may differ from the others
             order = np.random.default_rng(0).permutation(len(self))
@@ -686,13 +683,14 @@ class PreparedSet:
         return json.loads(self._text[start : self._ends[i]].tobytes())
 
 
-def prepare_shapes(out, count=60000, seed=0):
-    """Draws `count` training scenes with their texts into the folder `out` -> PreparedSet."""
-    settings = {"kind": "shapes", "count": count, "seed": seed, "size": SIDE, "format": FORMAT}
-    if count < 2:
-        raise ValueError(f"count must be at least 2, got {count}")
-    if is_finished(out, settings):
-        return PreparedSet(out)
+def prepare_shapes(out="data/shapes", count=60000, seed=0):
+    """Draws coloured shapes with texts into a folder.
+
+    out: folder to write
+    count: scenes
+    seed: other scenes for another seed
+    """
+    require(count >= 2, f"count must be at least 2, got {count}")
 
     def read(start, _):
         rng = np.random.default_rng([seed, start])
@@ -701,6 +699,7 @@ def prepare_shapes(out, count=60000, seed=0):
         rows = enumerate(zip(prompts, scenes), start)
         yield [scene_texts(*row, seed, i) for i, row in rows], {"images": images}
 
+    settings = {"kind": "shapes", "count": count, "seed": seed, "size": SIDE}
     return write_set(out, settings, range(0, count, CHUNK), read)
 
 
@@ -711,25 +710,28 @@ def fingerprint(path):
     return zlib.crc32(repr(facts).encode())
 
 
-def prepare_photos(sources, out, size=64, tower=None, tokens=64, weights=None, device="cpu"):
-    """Reads photos and captions into the folder `out` -> PreparedSet; see `read_samples`.
+def prepare_photos(
+    sources, out="data/photos", size=64, tower=None, tokens=64, weights=None, device="cpu"
+):
+    """Reads photos with captions into a folder; see `read_samples`.
 
-    With a `tower`, its features of each picture at its own size are stored in the same pass.
+    sources: .tar shards, .tsv tables, folders; globs too
+    out: folder to write
+    size: px, square
+    tower: timm tower whose features are stored too, e.g. vit_base_patch16_clip_224.laion2b
+    tokens: vectors of the tower for an image
+    weights: file of the tower's weights, or untrained; timm's hub without
+    device: of the tower
     """
+    require(size >= MIN_SIDE, f"size must be at least {MIN_SIDE} px, got {size}")
     paths = expand_sources(sources)
     names = [[os.path.basename(path), fingerprint(path)] for path in paths]
-    settings = {"kind": "photos", "sources": names, "size": size, "format": FORMAT}
-    settings |= {"tower": tower, "tokens": tokens, "weights": weights and str(weights)}
-    if size < MIN_SIDE:
-        raise ValueError(f"size must be at least {MIN_SIDE} px, got {size}")
-    if is_finished(out, settings):
-        return PreparedSet(out)
-    extra = {}
+    settings = {"kind": "photos", "sources": names, "size": size, "tower": tower, "tokens": tokens}
+    settings["weights"] = weights and str(weights)
     if tower:
         model, facts = open_tower(tower, tokens, weights)
         model.to(device)
-        name = f"features-{tower}-{facts['side']}px-{tokens}"
-        extra = {"features": name, "tower": {**facts, "timm": timm.__version__}}
+        settings |= facts
 
     def read(path, dropped):
         samples = read_samples(path, dropped)
@@ -738,36 +740,52 @@ def prepare_photos(sources, out, size=64, tower=None, tokens=64, weights=None, d
             if tower:
                 views = np.stack([square(image, facts["side"]) for _, image, _ in batch])
                 pixels = torch.from_numpy(views).to(device).permute(0, 3, 1, 2) / 255  # (B, 3, ...)
-                rows[name] = model(pixels).half().cpu().numpy()
+                rows["features"] = model(pixels).half().cpu().numpy()
             yield [{"caption": text, "clean": None, "qa": []} for _, _, text in batch], rows
 
-    return write_set(out, settings, paths, read, extra)
+    return write_set(out, settings, paths, read)
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+def add_flags(parser, function):
+    """A flag for each parameter: default and type of the signature, help of the docstring."""
+    texts = dict(re.findall(r"^ +(\w+): (.+)", function.__doc__, re.M))
+    for name, parameter in inspect.signature(function).parameters.items():
+        default, text = parameter.default, texts[name]
+        if default is False:
+            parser.add_argument(f"--{name}", action="store_true", help=text)
+        elif default in ((), parameter.empty):
+            parser.add_argument(name, nargs="+" if default else "*", help=text)
+        else:
+            text += "" if default is None else f" (default {default})"
+            kind = str if default is None else type(default)
+            parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    parser.set_defaults(function=function)
+
+
+def command_line(about, arguments, function=None, **commands):
+    """Calls `function` or the command that is named; what is wrong ends in one line and code 2."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=about, formatter_class=style)
+    if function:
+        add_flags(parser, function)
+    else:
+        choices = parser.add_subparsers(required=True, metavar="|".join(commands))
+        for name, command in commands.items():
+            add_flags(choices.add_parser(name, help=command.__doc__.split("\n")[0]), command)
+    options = vars(parser.parse_args(arguments))
+    try:
+        return options.pop("function")(**options)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 def main(arguments=None):
-    """The command line; what a user can get wrong ends in one line and exit code 2."""
-    parser = argparse.ArgumentParser(description="Prepare a training set once, as memory maps.")
-    commands = parser.add_subparsers(dest="kind", required=True)
-    add = commands.add_parser("shapes", help="draw coloured shapes with texts").add_argument
-    add("--out", default="data/shapes", help="folder to write (default %(default)s)")
-    add("--count", type=int, default=60000, help="scenes (default %(default)s)")
-    add("--seed", type=int, default=0, help="other scenes (default %(default)s)")
-    add = commands.add_parser("photos", help="read photos with captions").add_argument
-    add("sources", nargs="+", help=".tar shards, .tsv tables, folders; globs too")
-    add("--out", default="data/photos", help="folder to write (default %(default)s)")
-    add("--size", type=int, default=64, help="px, square (default %(default)s)")
-    add("--tower", help=f"timm tower to store features of, e.g. {EXAMPLE_TOWER}")
-    add("--weights", help="file of its weights, or untrained (default: timm's hub)")
-    add("--tokens", type=int, default=64, help="vectors an image (default %(default)s)")
-    add("--device", default="cpu", help="of the tower (default %(default)s)")
-    options = vars(parser.parse_args(arguments))
-    prepare = {"shapes": prepare_shapes, "photos": prepare_photos}[options.pop("kind")]
-    try:
-        prepared = prepare(**options)
-    except (ValueError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    print(f"{options['out']}: {len(prepared)} images of {prepared.images.shape[1]} px")
+    """Prepares the set that the command line describes."""
+    made = command_line(__doc__, arguments, shapes=prepare_shapes, photos=prepare_photos)
+    print(f"{made.folder}: {len(made)} images of {made.images.shape[1]} px")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@
 Without --run the newest finished run below out/ is used, else the weights that come along.
 """
 
-import argparse
 import json
 import math
 import platform
-import sys
 import time
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 import data
 import model as M
-from data import write_whole
+from data import require
 from train import DESCRIBE, load_model
 
 HERE = Path(__file__).parent
@@ -36,23 +35,26 @@ BATCH = 128  # rows at once: bounds the memory, changes no picture
 def find_run(given: str | None) -> Path:
     """The weights file of a run folder: the given one, else the newest, else the shipped one."""
     if given:
-        path = Path(given)
-        path = path / "model.safetensors" if path.is_dir() else path
-        if not path.is_file():
-            raise ValueError(f"--run {given}: no model.safetensors there; train it with train.py")
+        path = Path(given, "model.safetensors") if Path(given).is_dir() else Path(given)
+        found = f"--run {given}: no model.safetensors there; train it with train.py"
+        require(path.is_file(), found)
         return path
     runs = sorted(Path("out").glob("*/model.safetensors"), key=lambda p: p.stat().st_mtime)
-    shipped = sorted((HERE / "weights").glob("*.safetensors"))
-    if not runs and not shipped:
-        raise ValueError("no finished run below out/: `make demo` trains one")
-    return (runs or shipped)[-1]
+    runs = runs or sorted((HERE / "weights").glob("*.safetensors"))
+    require(runs, "no finished run below out/: `make demo` trains one")
+    return runs[-1]
 
 
 def row_noise(seeds: list[int], shape: tuple[int, int]) -> Tensor:
     """Noise (B, *shape), each row from its own seed: a picture depends on no neighbour."""
-    return torch.stack(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    )
+    sources = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.randn(shape, generator=source) for source in sources])
+
+
+def in_batches(title: str, function, *rows: Tensor) -> list:
+    """What function(*rows) gives for BATCH rows at a time, with a progress bar."""
+    parts = list(zip(*(whole.split(BATCH) for whole in rows)))
+    return [function(*part) for part in tqdm(parts, title, unit="batch", disable=len(parts) < 2)]
 
 
 class Studio:
@@ -63,41 +65,27 @@ class Studio:
         self.net, self.tokenizer, self.config, self.facts = load_model(path)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.net.to(self.device)
-        self.side, self.flow, self.paint_options = self.facts["side"], flow, paint
+        self.flow, self.paint_options = flow, paint
         if self.net.clip is None:
-            settings = self.facts["data"]
-            tower, facts = data.open_tower(
-                settings["tower"], self.config.tokens, settings["weights"]
-            )
-            self.tower, self.tower_side = tower.to(self.device), facts["side"]
+            name, weights = (self.facts["data"][key] for key in ("tower", "weights"))
+            self.tower = data.open_tower(name, self.config.tokens, weights)[0].to(self.device)
 
-    def batches(self, count: int, title: str):
-        return tqdm(
-            [slice(i, i + BATCH) for i in range(0, count, BATCH)],
-            desc=title,
-            unit="batch",
-            disable=count <= BATCH,
-        )
+    def sequences(self, rows: list) -> Tensor:
+        c = self.config
+        return M.build_sequences(self.tokenizer, rows, c.tokens, c.queries)[0].to(self.device)
 
     def imagine(self, prompts: list[str], seeds: list[int]) -> Tensor:
         """Prompts -> treated vectors (B, N, C)."""
-        net, made = self.net, []
-        rows = [[("user", text), ("queries", None)] for text in prompts]
-        for part in self.batches(len(rows), "vectors"):
-            ids = M.build_sequences(self.tokenizer, rows[part], queries=self.config.queries)[0]
-            noise = row_noise(seeds[part], net.head.shape).to(self.device)
-            made.append(
-                net.imagine(ids.to(self.device), noise, shift=self.config.shift, **self.flow)
-            )
-        return torch.cat(made)
+        ids = self.sequences([[("user", text), ("queries", None)] for text in prompts])
+        noise = row_noise(seeds, self.net.head.shape).to(self.device)
+        flow = partial(self.net.imagine, shift=self.config.shift, **self.flow)
+        return torch.cat(in_batches("vectors", flow, ids, noise))
 
     def paint(self, vectors: Tensor, seeds: list[int]) -> np.ndarray:
         """Vectors (B, N, C) -> pictures (B, S, S, 3) uint8; the noise differs from imagine's."""
-        net, made = self.net, []
-        for part in self.batches(len(vectors), "pixels"):
-            noise = row_noise([seed + 2**32 for seed in seeds[part]], net.decoder.shape)
-            made.append(net.paint(vectors[part], noise.to(self.device), **self.paint_options))
-        return torch.cat(made).cpu().numpy()
+        noise = row_noise([seed + 2**32 for seed in seeds], self.net.decoder.shape)
+        flow = partial(self.net.paint, **self.paint_options)
+        return torch.cat(in_batches("pixels", flow, vectors, noise.to(self.device))).cpu().numpy()
 
     def draw(self, prompts: list[str], seeds: list[int]) -> np.ndarray:
         return self.paint(self.imagine(prompts, seeds), seeds)
@@ -105,25 +93,21 @@ class Studio:
     @torch.no_grad()
     def see(self, images: np.ndarray) -> Tensor:
         """Pictures (B, S, S, 3) uint8 -> treated vectors (B, N, C)."""
-        net, made = self.net, []
-        for part in self.batches(len(images), "seeing"):
-            pixels = M.to_pixels(torch.from_numpy(images[part]).to(self.device))
-            if net.clip is None:
-                resized = v2.functional.resize(pixels, [self.tower_side] * 2, antialias=True)
-                made.append(net.treatment(self.tower((resized + 1) / 2)))
-            else:
-                made.append(net.treatment(net.clip.vectors(pixels)))
-        return torch.cat(made)
+
+        def look(part):
+            pixels = M.to_pixels(part.to(self.device))
+            if self.net.clip is not None:
+                return self.net.treatment(self.net.clip.vectors(pixels))
+            resized = v2.functional.resize(pixels, [self.facts["data"]["side"]] * 2, antialias=True)
+            return self.net.treatment(self.tower((resized + 1) / 2))
+
+        return torch.cat(in_batches("seeing", look, torch.from_numpy(images)))
 
     def answer(self, vectors: Tensor, questions: list[str]) -> list[str]:
         """One answer for each image and question; the question "describe" gives the caption."""
-        answers = []
-        for part in self.batches(len(questions), "answers"):
-            rows = [[("image", None), ("user", q), ("bot", None)] for q in questions[part]]
-            ids = M.build_sequences(self.tokenizer, rows, self.config.tokens)[0].to(self.device)
-            written = self.net.backbone.write(ids, vectors[part])
-            answers += [self.tokenizer.decode(row) for row in written]
-        return answers
+        rows = [[("image", None), ("user", text), ("bot", None)] for text in questions]
+        parts = in_batches("answers", self.net.backbone.write, self.sequences(rows), vectors)
+        return [self.tokenizer.decode(row) for part in parts for row in part]
 
     def open(self, path: str) -> np.ndarray:
         """A picture file as the model takes it: (1, S, S, 3) uint8."""
@@ -131,25 +115,23 @@ class Studio:
             image = data.decode_image(Path(path).read_bytes())
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: no readable picture ({error})") from None
-        return np.array(data.square(image, self.side))[None]
+        return np.array(data.square(image, self.facts["side"]))[None]
 
 
 def save_grid(path: Path, images: np.ndarray, labels: list[str], columns: int) -> None:
-    """Rows of pictures (B, S, S, 3) with a label under each row."""
-    side, scale = images.shape[1], max(1, 128 // images.shape[1])
-    tile, strip = side * scale + 4, 18
-    rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (max(columns * tile, 420) + 4, rows * (tile + strip) + 4), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, image in enumerate(images):
-        x, y = i % columns * tile + 4, i // columns * (tile + strip) + 4
-        sheet.paste(
-            Image.fromarray(image).resize((side * scale,) * 2, Image.Resampling.NEAREST), (x, y)
-        )
-        if i % columns == 0:
-            pen.text((x, y + tile - 2), labels[i // columns], fill="black")
+    """Rows of pictures (B, S, S, 3) with a label under each row; prints the path."""
+    scale = max(1, 128 // images.shape[1])
+    tile = images.shape[1] * scale + 4  # px; a label's strip adds 18
+    size = max(columns * tile, 420) + 4, len(labels) * (tile + 18) + 4
+    sheet = Image.new("RGB", size, "white")
+    for i, image in enumerate(images.repeat(scale, 1).repeat(scale, 2)):
+        x, y = i % columns * tile + 4, i // columns * (tile + 18) + 4
+        sheet.paste(Image.fromarray(image), (x, y))
+    for row, label in enumerate(labels):
+        ImageDraw.Draw(sheet).text((4, row * (tile + 18) + tile + 2), label, fill="black")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda temporary: sheet.save(temporary, "PNG"))
+    data.write_whole(path, lambda temporary: sheet.save(temporary, "PNG"))
+    print(path)
 
 
 # -------------------------------------------------------------------------------------- scores
@@ -162,32 +144,28 @@ def score_prompts(prompts: list, images: np.ndarray) -> dict:
     of the category), each rule's "mean" over the categories, and the "entropy" of the colours that
     colour-free prompts got, where 1 means all equally often.
     """
-    found, colors = data.find_objects(images), Counter()
-    members, table = defaultdict(list), defaultdict(dict)
+    found, members, table = data.find_objects(images), defaultdict(list), defaultdict(dict)
     for i, prompt in enumerate(prompts):
         members[prompt.category].append(i)
-        if not any(color for _, color in prompt.objects):
-            colors.update(item.color for item in found[i] if item is not None)
     for category, rows in members.items():
-        others = np.roll(rows, len(rows) // 2)
-        judged = {
-            "strict": [data.judge(prompts[i], found[i]) for i in rows],
-            "geneval": [data.judge(prompts[i], found[i], strict=False) for i in rows],
-            "floor": [
-                data.judge(prompts[i], found[j])
-                for i, j in zip(rows, others)
-                if prompts[i].text != prompts[j].text
-            ],
-        }
-        for rule, hits in judged.items():
+        other = zip(rows, np.roll(rows, len(rows) // 2))
+        wrong = [(i, j) for i, j in other if prompts[i].text != prompts[j].text]
+        for rule, pairs in {
+            "strict": zip(rows, rows),
+            "geneval": zip(rows, rows),
+            "floor": wrong,
+        }.items():
+            hits = [data.judge(prompts[i], found[j], rule != "geneval") for i, j in pairs]
             table[rule][category] = float(np.mean(hits or [False]))
     for shares in table.values():
         shares["mean"] = float(np.mean(list(shares.values())))
-    shares = np.array(list(colors.values()), float) / max(1, sum(colors.values()))
-    return {
-        **table,
-        "entropy": float((shares * -np.log(shares)).sum() / math.log(len(data.COLORS))),
-    }
+    free = [not any(color for _, color in prompt.objects) for prompt in prompts]
+    colors = Counter(
+        o.color for items, any_color in zip(found, free) if any_color for o in items if o
+    )
+    shares = np.array(list(colors.values())) / max(1, colors.total())
+    entropy = (shares * -np.log(shares)).sum() / math.log(len(data.COLORS))
+    return {**table, "entropy": float(entropy)}
 
 
 def evaluate_shapes(studio: Studio, seed: int, count: int) -> dict:
@@ -198,16 +176,19 @@ def evaluate_shapes(studio: Studio, seed: int, count: int) -> dict:
         seeds = [seed * 1_000_000 + i for i in range(len(prompts[name]))]
         images = studio.draw([p.text for p in prompts[name]], seeds)
         results[name] = score_prompts(prompts[name], images)
-    seen, wanted = results["seen"], prompts["seen"]
-    real = data.draw_scenes(wanted, np.random.default_rng(seed))[0]
+    real = data.draw_scenes(prompts["seen"], np.random.default_rng(seed))[0]
     again = studio.paint(studio.see(real), list(range(len(real))))
+    seen, render, rebuilt = (
+        results["seen"],
+        *(score_prompts(prompts["seen"], x) for x in (real, again)),
+    )
     return {
         **{f"{name}_strict": result["strict"]["mean"] for name, result in results.items()},
         "seen_geneval": seen["geneval"]["mean"],
         "floor": seen["floor"]["mean"],
         "color_entropy": seen["entropy"],
-        "ceiling_render": score_prompts(wanted, real)["strict"]["mean"],
-        "ceiling_reconstruction": score_prompts(wanted, again)["strict"]["mean"],
+        "ceiling_render": render["strict"]["mean"],
+        "ceiling_reconstruction": rebuilt["strict"]["mean"],
         "per_category": {name: result["strict"] for name, result in results.items()},
     }
 
@@ -216,40 +197,32 @@ def evaluate_shapes(studio: Studio, seed: int, count: int) -> dict:
 def evaluate_clip(studio: Studio, dataset) -> dict:
     """Is the tiny CLIP still a CLIP? Side by side: the right image among those of 100 captions,
     R^2 of the pixels rebuilt from its vectors, and the share of that extra loss in the whole."""
-    clip, ids, seen = studio.net.clip, [], set()
-    for i in dataset.val_ids:
-        caption = dataset.texts(i)["caption"]
-        if caption not in seen and len(ids) < 100:
-            seen.add(caption)
-            ids.append(i)
-    pixels = M.to_pixels(torch.from_numpy(dataset.images[ids]).to(studio.device))
-    vectors = clip.vectors(pixels)
-    rows = [[("user", dataset.texts(i)["caption"]), ("bot", None)] for i in ids]
-    tokens = M.build_sequences(studio.tokenizer, rows)[0].to(studio.device)
+    first = {dataset.texts(i)["caption"]: i for i in reversed(dataset.val_ids)}
+    captions = sorted(first, key=first.get)[:100]
+    images = dataset.images[[first[caption] for caption in captions]]
+    clip, pixels = studio.net.clip, M.to_pixels(torch.from_numpy(images).to(studio.device))
+    tokens = studio.sequences([[("user", caption), ("bot", None)] for caption in captions])
+    vectors, same = clip.vectors(pixels), torch.eye(len(captions), device=studio.device)
     scores = clip.embed_texts(tokens) @ clip.embed_images(vectors).T  # captions x images
-    top1 = scores.argmax(1).cpu() == torch.arange(len(ids))
+    top1 = scores.argmax(1) == same.argmax(1)
     error = (clip.rebuild(vectors) - pixels).square().mean() / pixels.var()
-    losses = clip(pixels, tokens, torch.eye(len(ids), device=studio.device))
-    extra = studio.config.pixel_weight * float(losses["pixels"])
-    return {
-        "clip_top1_of_100": float(top1.float().mean()),
-        "clip_pixel_r2": float(1 - error),
-        "clip_pixel_loss_share": extra / (extra + float(losses["contrastive"])),
-    }
+    losses = clip(pixels, tokens, same)
+    extra = studio.config.pixel_weight * losses["pixels"]
+    scores = {"top1_of_100": top1.float().mean(), "pixel_r2": 1 - error}
+    scores["pixel_loss_share"] = extra / (extra + losses["contrastive"])
+    return {f"clip_{name}": float(score) for name, score in scores.items()}
 
 
 def evaluate_understanding(studio: Studio, dataset, limit: int = 500) -> dict:
-    """Answers on validation images, against always giving the commonest answer; exact captions."""
+    """Answers on validation images, against always giving the commonest answer."""
     ids = dataset.val_ids[:limit]
-    vectors = studio.see(dataset.images[ids])
     pairs = [(n, q, a) for n, i in enumerate(ids) for q, a in dataset.texts(i)["qa"][:2]]
     if not pairs:
         return {}
-    which, questions, answers = zip(*pairs)
-    given = studio.answer(vectors[list(which)], list(questions))
+    which, questions, answers = map(list, zip(*pairs))
+    given = studio.answer(studio.see(dataset.images[ids])[which], questions)
     majority = Counter(answers).most_common(1)[0][1] / len(answers)
-    right = float(np.mean([a == b for a, b in zip(given, answers)]))
-    return {"vqa": right, "vqa_majority": majority}
+    return {"vqa": float(np.mean(np.equal(given, answers))), "vqa_majority": majority}
 
 
 def evaluate_photos(studio: Studio, dataset, run: Path, seed: int) -> dict:
@@ -265,13 +238,12 @@ def evaluate_photos(studio: Studio, dataset, run: Path, seed: int) -> dict:
     words = np.array([dataset.texts(i)["caption"].split()[-1] for i in train])
     classes = [word for word, n in Counter(words.tolist()).most_common(100) if n >= 20]
     means = torch.stack([known[torch.from_numpy(words == word)].mean(0) for word in classes])
-    seeds = [seed * 1_000_000 + i for i in range(len(val))]
 
     def accuracy(vectors: Tensor) -> float:
         nearest = torch.cdist(vectors.cpu().flatten(1), means).argmin(1).tolist()
         return float(np.mean([classes[n] == c.split()[-1] for n, c in zip(nearest, captions)]))
 
-    images = dataset.images[val]
+    images, seeds = dataset.images[val], [seed * 1_000_000 + i for i in range(len(val))]
     nearest = dataset.images[train[torch.cdist(truth, known).argmin(1).numpy()]]
     return {
         "class_accuracy_real": accuracy(truth),
@@ -287,97 +259,85 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-3))))
 
 
-def evaluate(studio: Studio, path: Path, options) -> dict:
+def evaluate_run(studio: Studio, path: Path, seed: int, count: int) -> None:
+    """Writes scores.json beside the weights."""
     begun, dataset = time.perf_counter(), data.PreparedSet(studio.config.data)
-    torch.manual_seed(options.seed)
+    torch.manual_seed(seed)
     scores = evaluate_clip(studio, dataset) if studio.net.clip is not None else {}
     scores |= evaluate_understanding(studio, dataset)
     if dataset.meta["settings"]["kind"] == "shapes":
-        scores |= evaluate_shapes(studio, options.seed, options.count)
+        scores |= evaluate_shapes(studio, seed, count)
     else:
-        scores |= evaluate_photos(studio, dataset, path, options.seed)
-    seconds = studio.facts["seconds"]
-    scores |= {
-        "seconds_total": round(sum(seconds.values()), 1),
-        "seconds_by_stage": seconds,
-        "seconds_eval": round(time.perf_counter() - begun, 1),
-        "seed": options.seed,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {studio.device}",
-    }
-    text = json.dumps(scores, indent=2)
-    target = path.parent / "scores.json"
-    write_whole(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    print(text, f"\n{target}")
-    return scores
+        scores |= evaluate_photos(studio, dataset, path, seed)
+    seconds, target = studio.facts["seconds"], path.with_name("scores.json")
+    scores |= {"seconds_total": round(sum(seconds.values()), 1), "seconds_by_stage": seconds}
+    scores |= {"seconds_eval": round(time.perf_counter() - begun, 1), "seed": seed}
+    threads = f"{torch.get_num_threads()} threads"
+    scores["machine"] = f"{platform.machine()}, {threads}, {studio.device}"
+    data.write_json(target, scores)
+    print(json.dumps(scores, indent=2), f"\n{target}")
 
 
-def parse_options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("prompts", nargs="*", help="texts to draw, one row of pictures each")
-    add("--run", help="folder of a run, or a weights file")
-    add("--out", default="out/samples.png", help="the picture to write (default %(default)s)")
-    add("--caption", metavar="IMAGE", help="describe a picture")
-    add("--ask", metavar="QUESTION", help="ask about --image")
-    add("--image", help="the picture that --ask is about")
-    add("--reconstruct", metavar="IMAGE", help="picture -> vectors -> picture")
-    add("--evaluate", action="store_true", help="write scores.json beside the weights")
-    add("--seed", type=int, default=0, help="of the noise (default %(default)s)")
-    add("--count", type=int, default=4, help="pictures for each prompt (default %(default)s)")
-    add("--steps", type=int, default=10, help="of the flow head (default %(default)s)")
-    add("--guidance", type=float, default=4.0, help="of the flow head; 1 is off (%(default)s)")
-    add("--decoder_steps", type=int, default=4, help="of the decoder (default %(default)s)")
-    add("--decoder_guidance", type=float, default=1.0, help="of the decoder (%(default)s)")
-    options = parser.parse_args(arguments)
-    for name in ("count", "steps", "decoder_steps"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)}: expected at least 1")
-    if bool(options.ask) != bool(options.image):
-        parser.error("--ask and --image go together")
-    tasks = (options.prompts, options.caption, options.ask, options.reconstruct, options.evaluate)
-    if not any(tasks):
-        parser.error("nothing to do: give a prompt, --caption, --ask, --reconstruct or --evaluate")
-    return options
+def run_tasks(
+    prompts=(),
+    run=None,
+    out="out/samples.png",
+    caption=None,
+    ask=None,
+    image=None,
+    reconstruct=None,
+    evaluate=False,
+    seed=0,
+    count=4,
+    steps=10,
+    guidance=4.0,
+    decoder_steps=4,
+    decoder_guidance=1.0,
+) -> None:
+    """Does what the command line asks for.
 
-
-def run_tasks(o: argparse.Namespace) -> None:
-    path = find_run(o.run)
+    prompts: texts to draw, one row of pictures each
+    run: folder of a run, or a weights file
+    out: the picture to write
+    caption: picture file to describe
+    ask: question about --image
+    image: picture file that --ask is about
+    reconstruct: picture file to draw again: picture -> vectors -> picture
+    evaluate: write scores.json beside the weights
+    seed: of the noise
+    count: pictures for each prompt
+    steps: of the flow head
+    guidance: of the flow head; 1 is off
+    decoder_steps: of the decoder
+    decoder_guidance: of the decoder; 1 is off
+    """
+    for name, value in dict(count=count, steps=steps, decoder_steps=decoder_steps).items():
+        require(value >= 1, f"--{name} {value}: expected at least 1")
+    require(bool(ask) == bool(image), "--ask and --image go together")
+    tasks = prompts or caption or ask or reconstruct or evaluate
+    require(tasks, "nothing to do: give a prompt, --caption, --ask, --reconstruct or --evaluate")
+    path = find_run(run)
     print(f"weights {path}")
-    studio = Studio(
-        path,
-        dict(steps=o.steps, guidance=o.guidance),
-        dict(steps=o.decoder_steps, guidance=o.decoder_guidance),
-    )
-    if o.prompts:
-        prompts = [text for text in o.prompts for _ in range(o.count)]
-        images = studio.draw(prompts, [o.seed + i for i in range(len(prompts))])
-        save_grid(Path(o.out), images, o.prompts, o.count)
-        print(o.out)
-    if o.caption:
-        print(studio.answer(studio.see(studio.open(o.caption)), [DESCRIBE])[0])
-    if o.ask:
-        print(studio.answer(studio.see(studio.open(o.image)), [o.ask])[0])
-    if o.reconstruct:
-        image = studio.open(o.reconstruct)
-        seeds = [o.seed + i for i in range(o.count)]
-        again = studio.paint(studio.see(image).expand(o.count, -1, -1), seeds)
-        save_grid(
-            Path(o.out), np.concatenate([image, again]), ["original, then drawn"], o.count + 1
-        )
-        print(o.out)
-    if o.evaluate:
-        evaluate(studio, path, o)
+    decoder = dict(steps=decoder_steps, guidance=decoder_guidance)
+    studio = Studio(path, dict(steps=steps, guidance=guidance), decoder)
+    if prompts:
+        texts = [text for text in prompts for _ in range(count)]
+        images = studio.draw(texts, [seed + i for i in range(len(texts))])
+        save_grid(Path(out), images, prompts, count)
+    for file, question in ((caption, DESCRIBE), (image, ask)):
+        if file:
+            print(studio.answer(studio.see(studio.open(file)), [question])[0])
+    if reconstruct:
+        picture, seeds = studio.open(reconstruct), [seed + i for i in range(count)]
+        again = studio.paint(studio.see(picture).expand(count, -1, -1), seeds)
+        images = np.concatenate([picture, again])
+        save_grid(Path(out), images, ["original, then drawn"], count + 1)
+    if evaluate:
+        evaluate_run(studio, path, seed, count)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse_options(sys.argv[1:] if arguments is None else arguments)
-    try:
-        run_tasks(options)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    data.command_line(__doc__, arguments, run_tasks)
 
 
 if __name__ == "__main__":

@@ -326,7 +326,6 @@ def test_preparing_resumes_bytewise_the_same(tmp_path, monkeypatch, kind, kill):
     monkeypatch.setattr(data, "write_json", die)
     with pytest.raises(KeyboardInterrupt):
         prepare(out=tmp_path / "killed")
-    assert not (tmp_path / "killed/meta.json").exists()
     with pytest.raises(ValueError, match="is not a prepared set"):
         data.PreparedSet(tmp_path / "killed")
     with open(tmp_path / "killed/images.raw", "ab") as torn:
@@ -564,7 +563,7 @@ def test_features_lie_beside_the_pictures(small, tmp_path):
     shard(tmp_path / "0.tar", 0, 4)
     prepared = data.prepare_photos(tmp_path / "0.tar", tmp_path / "set", 16, name, 16, "untrained")
     assert prepared.features.shape == (4, 16, 32) and prepared.features.dtype == np.float16
-    assert prepared.meta["features"] == f"features-{name}-256px-16"
+    assert prepared.meta["settings"]["side"] == 256
     source = Image.open(io.BytesIO(photo(2, (24, 20)))).convert("RGB").crop((2, 0, 22, 20))
     view = np.asarray(source.resize((256, 256), Image.Resampling.BICUBIC))
     tower = data.Tower(

@@ -1,6 +1,7 @@
 """The repository itself: its size as numbers, its README's names and commands, its style."""
 
 import ast
+import functools
 import importlib
 import io
 import re
@@ -19,8 +20,8 @@ import train
 
 ROOT = Path(__file__).parents[1]
 FILES = ("model.py", "train.py", "sample.py", "data.py")
-CODE_LINES = 1830  # the aim is 1,000; lower this with every cut
-PHYSICAL_LINES = 2560  # the aim is 1,400
+CODE_LINES = 1770  # the aim is 1,000; lower this with every cut
+PHYSICAL_LINES = 2540  # the aim is 1,400
 README = ROOT / "README.md"
 
 
@@ -170,20 +171,15 @@ def test_the_readme_shows_commands():
 
 def test_every_command_parses(monkeypatch, capsys):
     """Each `python ...` in README's blocks and the Makefile is understood by the real parsers."""
-    prepared = []
 
     class Prepared(list):
-        images = data.np.zeros((1, 8, 8, 3))
+        images, folder = data.np.zeros((1, 8, 8, 3)), "nowhere"
 
-    for kind in ("prepare_shapes", "prepare_photos"):
-        monkeypatch.setattr(
-            data, kind, lambda *_, **options: prepared.append(options) or Prepared()
-        )
-    parsers = {
-        "data.py": data.main,
-        "train.py": train.parse_config,
-        "sample.py": sample.parse_options,
-    }
+    for module, names in ((data, ("prepare_shapes", "prepare_photos")), (sample, ("run_tasks",))):
+        for name in names:
+            stub = functools.wraps(getattr(module, name))(lambda **_: Prepared())
+            monkeypatch.setattr(module, name, stub)
+    parsers = {"data.py": data.main, "train.py": train.parse_config, "sample.py": sample.main}
     commands = python_commands()
     assert len(commands) >= 3
     for name, *arguments in commands:
