@@ -18,7 +18,7 @@ import re
 import tarfile
 import zlib
 from collections import Counter, namedtuple
-from itertools import groupby, islice, permutations, product
+from itertools import cycle, groupby, islice, permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -87,9 +87,8 @@ PLAIN = [(shape, None) for shape in SHAPES]
 NAMED = PLAIN + SEEN + sorted(HELD_OUT)
 PLAIN_PROMPTS, SEEN_PROMPTS = grammar(PLAIN, PLAIN), grammar(SEEN, SEEN)
 ALL_PROMPTS = {p.text: p for prompts in grammar(NAMED, NAMED).values() for p in prompts}
-FREE_PROMPTS = [Prompt("", "free", ((None, None),) * n) for n in (1, 2, 3, 4)]
-TRAINING_PROMPTS = [SEEN_PROMPTS["single"], SEEN_PROMPTS["two"], FREE_PROMPTS]
-TRAINING_PROMPTS += PLAIN_PROMPTS.values()
+FREE = [Prompt("", "free", ((None, None),) * n) for n in (1, 2, 3, 4)]
+TRAINING_PROMPTS = [SEEN_PROMPTS["single"], SEEN_PROMPTS["two"], FREE, *PLAIN_PROMPTS.values()]
 
 
 def parse_prompt(text):
@@ -101,13 +100,11 @@ def parse_prompt(text):
 
 def deal(prompts, count, rng):
     """`count` prompts balanced over relation, number and held-out pair; repeated if too few."""
-    dealt, turn = Counter(), {}
-    for prompt in (prompts[i] for i in rng.permutation(len(prompts))):
-        stratum = (prompt.relation, len(prompt.objects), HELD_OUT.intersection(prompt.objects))
-        turn[prompt] = dealt[stratum]
-        dealt[stratum] += 1
-    ordered = sorted(turn, key=turn.get)
-    return [ordered[i % len(ordered)] for i in range(count)]
+    mixed = [prompts[i] for i in rng.permutation(len(prompts))]
+    strata = [(p.relation, len(p.objects), HELD_OUT.intersection(p.objects)) for p in mixed]
+    turns = [strata[:i].count(stratum) for i, stratum in enumerate(strata)]
+    ordered = [mixed[i] for i in np.argsort(turns, kind="stable")]
+    return list(islice(cycle(ordered), count))
 
 
 def eval_prompts():
@@ -158,14 +155,11 @@ def place(sizes, wanted, rng, tries=16):
         spots = 1 + size / 2 + rng.random((len(todo), 4, tries, 2)) * (SIDE - 2 - size)
         centre, fine = spots[:, :, :1].copy(), np.ones(len(todo), bool)
         for k in range(4):
-            clash = np.zeros((len(todo), tries), bool)  # what compares with NaN never clashes
-            for j in range(k):
-                delta, total = centre[:, j] - spots[:, k], size[:, j] + size[:, k]
-                clash |= (np.abs(delta) - total / 2).max(-1) < 2
-                if (j, k) == (0, 1):
-                    # 0.55, not 0.5: a tenth of a pixel in the checker must not turn the truth.
-                    held = (box_offset(delta, total) * want).sum(-1)
-                    clash |= held < 0.55 * np.abs(want).sum(-1)
+            delta, total = centre[:, :k] - spots[:, k, None], size[:, :k] + size[:, k, None]
+            clash = ((np.abs(delta) - total / 2).max(-1) < 2).any(1)  # (b, tries); false for NaN
+            if k == 1:  # 0.55, not 0.5: a tenth of a pixel in the checker must not turn the truth
+                held = (box_offset(delta[:, 0], total[:, 0]) * want).sum(-1)
+                clash |= held < 0.55 * np.abs(want).sum(-1)
             centre[:, k, 0] = spots[np.arange(len(todo)), k, clash.argmin(1)]
             fine &= ~clash.all(1)
         centres[todo[fine]] = centre[fine, :, 0]
@@ -280,18 +274,18 @@ def questions(objects, links, rng):
     present = sorted({o[:2] for o in objects})
     asked = {"yes": present, "no": [pair for pair in SEEN if pair not in present]}
     chosen = [(f"is there {noun(*rng.choice(pairs))}?", yes) for yes, pairs in asked.items()]
-    pool = [("how many objects are there?", NUMBERS[len(objects)])]
-    pool += [(f"how many {shape}s are there?", NUMBERS[shapes[shape]]) for shape in SHAPES]
+    # (how many things the question could mean, question, answer): only what is unique is asked
+    pool = [(1, "how many objects are there?", NUMBERS[len(objects)])]
+    pool += [(1, f"how many {shape}s are there?", NUMBERS[shapes[shape]]) for shape in SHAPES]
     for o in objects:
-        if shapes[o.shape] == 1:
-            pool.append((f"what color is the {o.shape}?", o.color))
-        if colors[o.color] == 1:
-            pool.append((f"what shape is the {o.color} object?", o.shape))
+        pool.append((shapes[o.shape], f"what color is the {o.shape}?", o.color))
+        pool.append((colors[o.color], f"what shape is the {o.color} object?", o.shape))
     for a, name, b in links:
-        if shapes[b.shape] == ends[name, b] == 1:
-            pool.append((f"what is {name} the {b.shape}?", f"{a.color} {a.shape}"))
-        if shapes[a.shape] == shapes[b.shape] == between[a, b] == 1:
-            pool.append((f"where is the {a.shape} relative to the {b.shape}?", name))
+        one, two = max(shapes[b.shape], ends[name, b]), max(shapes[a.shape], shapes[b.shape])
+        where = f"where is the {a.shape} relative to the {b.shape}?"
+        pool.append((one, f"what is {name} the {b.shape}?", f"{a.color} {a.shape}"))
+        pool.append((max(two, between[a, b]), where, name))
+    pool = [pair for n, *pair in pool if n == 1]
     chosen += rng.sample(pool, min(len(pool), rng.randint(2, 4)))
     return [list(pair) for pair in rng.sample(chosen, len(chosen))]
 
@@ -299,8 +293,7 @@ def questions(objects, links, rng):
 def scene_texts(prompt, objects, seed, index):
     """The texts of training scene `index`: {"caption": str, "clean": str or None, "qa": pairs}."""
     rng = random.Random(seed * 1_000_003 + index)
-    couples = permutations(objects, 2)
-    links = [(a, name, b) for a, b in couples for name in sorted(relation(a, b))]
+    links = [(a, r, b) for a, b in permutations(objects, 2) for r in sorted(relation(a, b))]
     long = rng.random() < 0.9
     caption = long_caption(objects, links, rng) if long else short_caption(prompt, objects, rng)
     return {"caption": caption, "clean": prompt.text or None, "qa": questions(objects, links, rng)}
@@ -338,15 +331,13 @@ def regions(classes):
     """int (64, 64), -1 = background -> the mask of each 8-connected region that is no speck."""
     padded = np.pad(classes, 1, constant_values=-1).ravel()  # (66 * 66,), so no step wraps around
     pixels = np.flatnonzero(padded >= 0)
-    steps = (1, SIDE + 1, SIDE + 2, SIDE + 3)  # right, and the three neighbours below
-    one, two = np.concatenate([(pixels, pixels + step) for step in steps], axis=1)
-    linked = padded[one] == padded[two]
-    one, two = one[linked], two[linked]
+    steps = np.add.outer((-SIDE - 2, 0, SIDE + 2), (-1, 0, 1)).ravel()
+    near = pixels[:, None] + steps  # (pixels, 9)
+    near = np.where(padded[near] == padded[pixels, None], near, pixels[:, None])
     label, before = np.arange(len(padded)), None
     while not np.array_equal(label, before):
         before = label.copy()
-        np.minimum.at(label, one, label[two])
-        np.minimum.at(label, two, label[one])
+        label[pixels] = label[near].min(1)
         label = label[label]  # jumps: few rounds are enough
     numbers, areas = np.unique(label[pixels], return_counts=True)
     label = label.reshape(SIDE + 2, SIDE + 2)[1:-1, 1:-1]  # (64, 64)
@@ -386,8 +377,7 @@ def find_objects(images):
     for image in images:
         offset = image - np.float32(BACKGROUND)
         classes = color_classes(offset)
-        masks = regions(classes)
-        found.append([fit_object(offset, own, (classes >= 0) & ~own) for own in masks])
+        found.append([fit_object(offset, own, (classes >= 0) & ~own) for own in regions(classes)])
     return found
 
 
@@ -414,11 +404,11 @@ EXAMPLE_TOWER = "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m"
 class Tower(torch.nn.Module):
     """A frozen timm model: float (B, 3, side, side) in 0..1 -> patch tokens (B, tokens, C)."""
 
-    def __init__(self, model, tokens, mean, std):
+    def __init__(self, model, tokens):
         super().__init__()
         self.model, self.tokens = model, tokens
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1))
         self.eval().requires_grad_(False)
 
     def train(self, mode=True):
@@ -448,15 +438,15 @@ def open_tower(name, tokens=64, weights=None):
     ValueError where the name, the file or the network does not give the tower that was asked for.
     """
     patch, base = re.search(r"patch(\d+)", name), name.split(".")[0]
-    if not patch or not timm.is_model(base):
-        raise ValueError(f"tower {name!r} is unknown: expected a timm ViT, e.g. {EXAMPLE_TOWER}")
+    message = f"tower {name!r} is unknown: expected a timm ViT, e.g. {EXAMPLE_TOWER}"
+    require(patch and timm.is_model(base), message)
     eight = 8 * int(patch[1])  # the grid is a multiple of 8 patches, the side near 224 px
     side = eight * max(1, round(224 / eight))
     tagged = f"{base}.{getattr(timm.models.get_pretrained_cfg(name), 'tag', '')}"
     right = re.sub(r"_clip_(\d)", r"_clip_quickgelu_\1", tagged)
-    if right != tagged and right in timm.list_pretrained():
-        # timm builds these weights with plain GELU and says nothing; the features are wrong.
-        raise ValueError(f"these weights need QuickGELU: use {right} instead of {name}")
+    # timm builds such weights with plain GELU and says nothing; the features are wrong
+    fine = right == tagged or right not in timm.list_pretrained()
+    require(fine, f"these weights need QuickGELU: use {right} instead of {name}")
     file = weights and {"file": str(weights)}
     options = {"num_classes": 0, "img_size": side, "pretrained_cfg_overlay": file}
     try:
@@ -465,7 +455,7 @@ def open_tower(name, tokens=64, weights=None):
         source = weights or "timm's hub"
         raise ValueError(f"cannot open tower {name} from {source}: {error!r}") from error
     facts = {key: list(model.pretrained_cfg[key]) for key in ("mean", "std")} | {"side": side}
-    return Tower(model, tokens, facts["mean"], facts["std"]), facts
+    return Tower(model, tokens), facts
 
 
 # ---------------------------------------------------------------------------------- real photos

@@ -144,25 +144,20 @@ def score_prompts(prompts: list, images: np.ndarray) -> dict:
     of the category), each rule's "mean" over the categories, and the "entropy" of the colours that
     colour-free prompts got, where 1 means all equally often.
     """
-    found, members, table = data.find_objects(images), defaultdict(list), defaultdict(dict)
-    for i, prompt in enumerate(prompts):
-        members[prompt.category].append(i)
-    for category, rows in members.items():
-        other = zip(rows, np.roll(rows, len(rows) // 2))
-        wrong = [(i, j) for i, j in other if prompts[i].text != prompts[j].text]
-        for rule, pairs in {
-            "strict": zip(rows, rows),
-            "geneval": zip(rows, rows),
-            "floor": wrong,
-        }.items():
-            hits = [data.judge(prompts[i], found[j], rule != "geneval") for i, j in pairs]
-            table[rule][category] = float(np.mean(hits or [False]))
+    found, kinds = data.find_objects(images), np.array([p.category for p in prompts])
+    table, colors = defaultdict(dict), Counter()
+    for kind in dict.fromkeys(kinds.tolist()):
+        rows = np.flatnonzero(kinds == kind)
+        for rule, step in (("strict", 0), ("geneval", 0), ("floor", len(rows) // 2)):
+            pairs = [(prompts[i], prompts[j], found[j]) for i, j in zip(rows, np.roll(rows, step))]
+            pairs = [(p, items) for p, q, items in pairs if not step or p.text != q.text]
+            hits = [data.judge(p, items, strict=rule != "geneval") for p, items in pairs]
+            table[rule][kind] = float(np.mean(hits or [False]))
     for shares in table.values():
         shares["mean"] = float(np.mean(list(shares.values())))
-    free = [not any(color for _, color in prompt.objects) for prompt in prompts]
-    colors = Counter(
-        o.color for items, any_color in zip(found, free) if any_color for o in items if o
-    )
+    for prompt, items in zip(prompts, found):
+        if not any(color for _, color in prompt.objects):
+            colors.update(item.color for item in items if item)
     shares = np.array(list(colors.values())) / max(1, colors.total())
     entropy = (shares * -np.log(shares)).sum() / math.log(len(data.COLORS))
     return {**table, "entropy": float(entropy)}
@@ -170,27 +165,20 @@ def score_prompts(prompts: list, images: np.ndarray) -> dict:
 
 def evaluate_shapes(studio: Studio, seed: int, count: int) -> dict:
     """ShapesEval with `count` pictures a prompt: the first ones drawn, nothing is chosen."""
-    results, prompts = {}, {}
-    for name, unique in data.eval_prompts().items():
-        prompts[name] = [p for p in unique for _ in range(count)]
-        seeds = [seed * 1_000_000 + i for i in range(len(prompts[name]))]
-        images = studio.draw([p.text for p in prompts[name]], seeds)
-        results[name] = score_prompts(prompts[name], images)
-    real = data.draw_scenes(prompts["seen"], np.random.default_rng(seed))[0]
+    asked = data.eval_prompts()
+    asked = {name: [p for p in asked[name] for _ in range(count)] for name in asked}
+    tables, rng = {}, np.random.default_rng(seed)
+    for name, prompts in asked.items():
+        seeds = [seed * 1_000_000 + i for i in range(len(prompts))]
+        tables[name] = score_prompts(prompts, studio.draw([p.text for p in prompts], seeds))
+    scores = {f"{name}_strict": table["strict"]["mean"] for name, table in tables.items()}
+    scores |= {"seen_geneval": tables["seen"]["geneval"]["mean"]}
+    scores |= {"floor": tables["seen"]["floor"]["mean"], "color_entropy": tables["seen"]["entropy"]}
+    real = data.draw_scenes(asked["seen"], rng)[0]
     again = studio.paint(studio.see(real), list(range(len(real))))
-    seen, render, rebuilt = (
-        results["seen"],
-        *(score_prompts(prompts["seen"], x) for x in (real, again)),
-    )
-    return {
-        **{f"{name}_strict": result["strict"]["mean"] for name, result in results.items()},
-        "seen_geneval": seen["geneval"]["mean"],
-        "floor": seen["floor"]["mean"],
-        "color_entropy": seen["entropy"],
-        "ceiling_render": render["strict"]["mean"],
-        "ceiling_reconstruction": rebuilt["strict"]["mean"],
-        "per_category": {name: result["strict"] for name, result in results.items()},
-    }
+    for name, images in (("render", real), ("reconstruction", again)):
+        scores[f"ceiling_{name}"] = score_prompts(asked["seen"], images)["strict"]["mean"]
+    return scores | {"per_category": {name: table["strict"] for name, table in tables.items()}}
 
 
 @torch.no_grad()
@@ -204,13 +192,13 @@ def evaluate_clip(studio: Studio, dataset) -> dict:
     tokens = studio.sequences([[("user", caption), ("bot", None)] for caption in captions])
     vectors, same = clip.vectors(pixels), torch.eye(len(captions), device=studio.device)
     scores = clip.embed_texts(tokens) @ clip.embed_images(vectors).T  # captions x images
-    top1 = scores.argmax(1) == same.argmax(1)
+    top1 = (scores.argmax(1) == same.argmax(1)).float().mean()
     error = (clip.rebuild(vectors) - pixels).square().mean() / pixels.var()
     losses = clip(pixels, tokens, same)
     extra = studio.config.pixel_weight * losses["pixels"]
-    scores = {"top1_of_100": top1.float().mean(), "pixel_r2": 1 - error}
-    scores["pixel_loss_share"] = extra / (extra + losses["contrastive"])
-    return {f"clip_{name}": float(score) for name, score in scores.items()}
+    scores = (top1, 1 - error, extra / (extra + losses["contrastive"]))
+    names = ("clip_top1_of_100", "clip_pixel_r2", "clip_pixel_loss_share")
+    return dict(zip(names, map(float, scores)))
 
 
 def evaluate_understanding(studio: Studio, dataset, limit: int = 500) -> dict:

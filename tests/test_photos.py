@@ -566,10 +566,9 @@ def test_features_lie_beside_the_pictures(small, tmp_path):
     assert prepared.meta["settings"]["side"] == 256
     source = Image.open(io.BytesIO(photo(2, (24, 20)))).convert("RGB").crop((2, 0, 22, 20))
     view = np.asarray(source.resize((256, 256), Image.Resampling.BICUBIC))
-    tower = data.Tower(
-        small[0], 16, small[0].pretrained_cfg["mean"], small[0].pretrained_cfg["std"]
-    )
-    expected = tower(torch.from_numpy(view.copy()).permute(2, 0, 1)[None] / 255)[0]
+    expected = data.Tower(small[0], 16)(torch.from_numpy(view.copy()).permute(2, 0, 1)[None] / 255)[
+        0
+    ]
     assert np.allclose(prepared.features[2], expected.numpy(), atol=0.01)
 
 
