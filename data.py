@@ -28,6 +28,11 @@ from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # ------------------------------------------------------------------------------------ the world
 
 SIDE = 64  # px
@@ -593,25 +598,81 @@ def is_finished(out, settings):
     """True for a finished set with these settings; ValueError where others lie in the folder."""
     for path in (Path(out) / "meta.json", Path(out) / "progress.json"):
         if path.is_file():
-            old = json.loads(path.read_text())["settings"]
+            old = read_json(path)["settings"]
             if old != settings:
                 raise ValueError(f"{out} was prepared with other settings, {old}: delete it first")
             return path.name == "meta.json"
 
 
+def lock(folder):
+    """Holds the folder while the returned file is open; ValueError if another process does."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = open(Path(folder) / ".lock", "a")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{folder} is in use by another process") from error
+    return file
+
+
+def flush(path):
+    """Waits until the file is on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
 def write_whole(path: Path, write) -> None:
     """`write(temporary path)`, flush, rename: the file appears whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        flush(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def write_json(path, value):
     """Writes JSON whole or not at all."""
-    text = json.dumps(value, indent=1)
+    text = json.dumps({"crc32": zlib.crc32(json.dumps(value).encode()), **value}, indent=1)
     write_whole(Path(path), lambda temporary: temporary.write_text(text))
+
+
+def read_json(path):
+    """What `write_json` wrote; ValueError if anything in it has changed since."""
+    try:
+        value = json.loads(path.read_text())
+        if value.pop("crc32") == zlib.crc32(json.dumps(value).encode()):
+            return value
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass  # no JSON, or none of ours
+    raise ValueError(f"{path} is damaged or was edited: delete its folder and prepare it again")
+
+
+def write_array(path, dtype, shape, parts):
+    """Writes a .npy file of arrays that follow each other, whole or not at all.
+
+    Not through a memory map: a full disk would end the process without a word.
+    """
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in parts:
+                file.write(part)
+
+    write_whole(path, write)
+
+
+def open_array(path):
+    """A memory map of a .npy file; ValueError if that is damaged."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete its folder") from error
 
 
 def write_set(out, settings, sources, read, extra=()):
@@ -620,10 +681,9 @@ def write_set(out, settings, sources, read, extra=()):
     Rows are appended to raw files, which a later run cuts to their lengths in progress.json.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     state = {"settings": settings, "units": 0, "count": 0, "arrays": {}, "dropped": {}}
     if (out / "progress.json").is_file():
-        state = json.loads((out / "progress.json").read_text())
+        state = read_json(out / "progress.json")
     arrays, dropped = state["arrays"], Counter(state["dropped"])
     for file in out.glob("*.raw"):
         os.truncate(file, arrays.get(file.stem, [0])[0])
@@ -640,6 +700,8 @@ def write_set(out, settings, sources, read, extra=()):
                         file.write(array.tobytes())
                 state["count"] += len(texts)
                 bar.update(len(texts))
+            for file in out.glob("*.raw"):
+                flush(file)  # before the commit, for a machine without power
             state |= {"units": state["units"] + 1, "dropped": dropped}
             write_json(out / "progress.json", state)
     lost, kept = sum(dropped.values()), state["count"]
@@ -649,7 +711,7 @@ def write_set(out, settings, sources, read, extra=()):
         raise ValueError(f"no usable sample: {dict(dropped)}")
     for name, (_, dtype, shape) in arrays.items():
         raw = np.memmap(out / f"{name}.raw", dtype, "r").reshape(-1, *shape)  # (rows, ...)
-        np.save(out / f"{name}.npy", raw)
+        write_array(out / f"{name}.npy", raw.dtype, raw.shape, [raw])
     write_json(out / "meta.json", {"version": FORMAT, "features": None, **state, **dict(extra)})
     for file in [*out.glob("*.raw"), out / "progress.json"]:
         file.unlink()
@@ -666,11 +728,11 @@ class PreparedSet:
     def __init__(self, folder):
         if not (Path(folder) / "meta.json").is_file():
             raise ValueError(f"{folder} is not a prepared set: run data.py first")
-        self.meta = json.loads((Path(folder) / "meta.json").read_text())
+        self.meta = read_json(Path(folder) / "meta.json")
         if self.meta["version"] != FORMAT:
             raise ValueError(f"{folder} has format {self.meta['version']}, not {FORMAT}")
         names = ("images", "text", "text_index", self.meta["features"])
-        maps = [name and np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in names]
+        maps = [name and open_array(Path(folder) / f"{name}.npy") for name in names]
         self.images, self._text, self._ends, self.features = maps
         order, count = np.arange(len(self)), min(max(len(self) // 50, 500), len(self) // 2)
         if self.meta["settings"]["kind"] == "photos":  # the last shard may differ from the others
@@ -701,7 +763,8 @@ def prepare_shapes(out, count=60000, seed=0):
         rows = enumerate(zip(prompts, scenes), start)
         yield [scene_texts(*row, seed, i) for i, row in rows], {"images": images}
 
-    return write_set(out, settings, range(0, count, CHUNK), read)
+    with lock(out):
+        return write_set(out, settings, range(0, count, CHUNK), read)
 
 
 def fingerprint(path):
@@ -741,7 +804,8 @@ def prepare_photos(sources, out, size=64, tower=None, tokens=64, weights=None, d
                 rows[name] = model(pixels).half().cpu().numpy()
             yield [{"caption": text, "clean": None, "qa": []} for _, _, text in batch], rows
 
-    return write_set(out, settings, paths, read, extra)
+    with lock(out):
+        return write_set(out, settings, paths, read, extra)
 
 
 def main(arguments=None):
@@ -767,6 +831,9 @@ def main(arguments=None):
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues")
+        raise SystemExit(130) from None
     print(f"{options['out']}: {len(prepared)} images of {prepared.images.shape[1]} px")
 
 

@@ -31,6 +31,8 @@ from train import DESCRIBE, load_model
 
 HERE = Path(__file__).parent
 BATCH = 128  # rows at once: bounds the memory, changes no picture
+LIMITS = {"count": (1, 1000), "steps": (1, 1000), "guidance": (0, 100), "seed": (0, 2**32)}
+LIMITS |= {"decoder_steps": (1, 1000), "decoder_guidance": (0, 100)}
 
 
 def find_run(given: str | None) -> Path:
@@ -63,6 +65,7 @@ class Studio:
         self.net, self.tokenizer, self.config, self.facts = load_model(path)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.net.to(self.device)
+        self.cut = None  # a Counter: texts that are too long are cut and counted, not refused
         self.side, self.flow, self.paint_options = self.facts["side"], flow, paint
         if self.net.clip is None:
             settings = self.facts["data"]
@@ -79,16 +82,20 @@ class Studio:
             disable=count <= BATCH,
         )
 
+    def build(self, rows) -> Tensor:
+        """Ids (B, T); ValueError if a text is too long, unless `cut` counts what is dropped."""
+        c = self.config
+        ids = M.build_sequences(self.tokenizer, rows, c.tokens, c.text_length, self.cut)[0]
+        return ids.to(self.device)
+
     def imagine(self, prompts: list[str], seeds: list[int]) -> Tensor:
         """Prompts -> treated vectors (B, N, C)."""
         net, made = self.net, []
         rows = [[("user", text), ("queries", None)] for text in prompts]
         for part in self.batches(len(rows), "vectors"):
-            ids = M.build_sequences(self.tokenizer, rows[part], self.config.tokens)[0]
+            ids = self.build(rows[part])
             noise = row_noise(seeds[part], net.head.shape).to(self.device)
-            made.append(
-                net.imagine(ids.to(self.device), noise, shift=self.config.shift, **self.flow)
-            )
+            made.append(net.imagine(ids, noise, shift=self.config.shift, **self.flow))
         return torch.cat(made)
 
     def paint(self, vectors: Tensor, seeds: list[int]) -> np.ndarray:
@@ -120,8 +127,7 @@ class Studio:
         answers = []
         for part in self.batches(len(questions), "answers"):
             rows = [[("image", None), ("user", q), ("bot", None)] for q in questions[part]]
-            ids = M.build_sequences(self.tokenizer, rows, self.config.tokens)[0].to(self.device)
-            written = self.net.backbone.write(ids, vectors[part])
+            written = self.net.backbone.write(self.build(rows), vectors[part])
             answers += [self.tokenizer.decode(row) for row in written]
         return answers
 
@@ -225,7 +231,7 @@ def evaluate_clip(studio: Studio, dataset) -> dict:
     pixels = M.to_pixels(torch.from_numpy(dataset.images[ids]).to(studio.device))
     vectors = clip.vectors(pixels)
     rows = [[("user", dataset.texts(i)["caption"]), ("bot", None)] for i in ids]
-    tokens = M.build_sequences(studio.tokenizer, rows)[0].to(studio.device)
+    tokens = studio.build(rows)
     scores = clip.embed_texts(tokens) @ clip.embed_images(vectors).T  # captions x images
     top1 = scores.argmax(1).cpu() == torch.arange(len(ids))
     error = (clip.rebuild(vectors) - pixels).square().mean() / pixels.var()
@@ -290,6 +296,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def evaluate(studio: Studio, path: Path, options) -> dict:
     begun, dataset = time.perf_counter(), data.PreparedSet(studio.config.data)
     torch.manual_seed(options.seed)
+    studio.cut = Counter()  # the set's own texts may be long, as in training
     scores = evaluate_clip(studio, dataset) if studio.net.clip is not None else {}
     scores |= evaluate_understanding(studio, dataset)
     if dataset.meta["settings"]["kind"] == "shapes":
@@ -331,9 +338,9 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--decoder_steps", type=int, default=4, help="of the decoder (default %(default)s)")
     add("--decoder_guidance", type=float, default=1.0, help="of the decoder (%(default)s)")
     options = parser.parse_args(arguments)
-    for name in ("count", "steps", "decoder_steps"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)}: expected at least 1")
+    for name, (low, high) in LIMITS.items():
+        if not low <= getattr(options, name) <= high:  # nan is outside too
+            parser.error(f"--{name} {getattr(options, name)}: expected {low} to {high}")
     if bool(options.ask) != bool(options.image):
         parser.error("--ask and --image go together")
     tasks = (options.prompts, options.caption, options.ask, options.reconstruct, options.evaluate)
@@ -375,7 +382,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_options(sys.argv[1:] if arguments is None else arguments)
     try:
         run_tasks(options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -386,7 +386,7 @@ def test_a_folder_that_changed_is_another_source(tmp_path):
 def test_an_unfinished_set_of_other_settings_is_refused(tmp_path, monkeypatch):
     """Rows of two seeds can't mix in one folder, not even after a kill."""
     monkeypatch.setattr(data, "CHUNK", 10)
-    monkeypatch.setattr(np, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(data, "write_array", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         data.prepare_shapes(tmp_path, 20, seed=1)
     with pytest.raises(ValueError, match="'seed': 1"):
