@@ -398,20 +398,6 @@ def test_strips_change_nothing(micro_run, micro_flags, copy):
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
 
 
-@pytest.mark.long
-def test_killed_runs_finish(micro_run, micro_flags, tmp_path):
-    """A process killed ten times, at any moment, ends with the weights of one left in peace."""
-    command = [sys.executable, train.__file__, *micro_flags, "--out", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    for moment in [*np.random.default_rng(0).uniform(3, 8, 10), 300]:
-        try:
-            subprocess.run(command, env=environment, timeout=moment)
-        except subprocess.TimeoutExpired:
-            continue
-    ours, theirs = (load_file(run / "model.safetensors") for run in (tmp_path, micro_run))
-    assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
-
-
 def test_finished_run_does_nothing(monkeypatch, micro_flags, copy):
     """The command of a finished run takes no step and leaves every file as it is."""
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
