@@ -1,11 +1,8 @@
 """Laws of training: schedule, optimiser, what moves, what resumes, what is refused."""
 
 import csv
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
