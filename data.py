@@ -470,6 +470,8 @@ def open_tower(name, tokens=64, weights=None):
 
 KINDS = {"txt": "txt"} | dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image")
 MAX_BYTES, MAX_PIXELS = 64 * 2**20, 40_000_000
+MAX_CAPTION = 2**16  # bytes
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # EPS would start Ghostscript
 MIN_SIDE, MAX_ASPECT = 8, 3  # px; the longer side divided by the shorter
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit and its warning: ours is lower
 
@@ -489,7 +491,7 @@ def expand_sources(sources):
 def decode_image(data):
     """Bytes of an image file -> upright RGB PIL image; ValueError with the reason to drop it."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception as error:
         raise ValueError("not an image") from error
     short, long = sorted(image.size)  # known from the header, before decoding
@@ -556,6 +558,8 @@ def open_sample(parts):
         raise ValueError("missing caption" if "image" in parts else "missing image")
     if max(map(len, parts.values())) > MAX_BYTES:
         raise ValueError(f"file over {MAX_BYTES // 2**20} MB")
+    if len(parts["txt"]) > MAX_CAPTION:
+        raise ValueError(f"caption over {MAX_CAPTION} bytes")
     caption = " ".join(parts["txt"].decode("utf-8-sig", "replace").split())
     if not caption or "\ufffd" in caption:
         raise ValueError("caption is not UTF-8" if caption else "empty caption")
@@ -591,6 +595,7 @@ def square(image, side):
 # ------------------------------------------------------------------------------ the prepared set
 
 FORMAT = 1  # of the folder; raise it when an older folder must not be read
+LIMITS = {"count": (2, 10**9), "seed": (0, 2**63), "size": (8, 1024), "tokens": (1, 4096)}
 CHUNK = 1000  # scenes between two commits
 
 
@@ -751,8 +756,6 @@ class PreparedSet:
 def prepare_shapes(out, count=60000, seed=0):
     """Draws `count` training scenes with their texts into the folder `out` -> PreparedSet."""
     settings = {"kind": "shapes", "count": count, "seed": seed, "size": SIDE, "format": FORMAT}
-    if count < 2:
-        raise ValueError(f"count must be at least 2, got {count}")
     if is_finished(out, settings):
         return PreparedSet(out)
 
@@ -783,12 +786,12 @@ def prepare_photos(sources, out, size=64, tower=None, tokens=64, weights=None, d
     names = [[os.path.basename(path), fingerprint(path)] for path in paths]
     settings = {"kind": "photos", "sources": names, "size": size, "format": FORMAT}
     settings |= {"tower": tower, "tokens": tokens, "weights": weights and str(weights)}
-    if size < MIN_SIDE:
-        raise ValueError(f"size must be at least {MIN_SIDE} px, got {size}")
     if is_finished(out, settings):
         return PreparedSet(out)
     extra = {}
     if tower:
+        if not getattr(torch, device).is_available():
+            raise ValueError(f"--device {device}: no such device here")
         model, facts = open_tower(tower, tokens, weights)
         model.to(device)
         name = f"features-{tower}-{facts['side']}px-{tokens}"
@@ -823,8 +826,11 @@ def main(arguments=None):
     add("--tower", help=f"timm tower to store features of, e.g. {EXAMPLE_TOWER}")
     add("--weights", help="file of its weights, or untrained (default: timm's hub)")
     add("--tokens", type=int, default=64, help="vectors an image (default %(default)s)")
-    add("--device", default="cpu", help="of the tower (default %(default)s)")
+    add("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="of the tower")
     options = vars(parser.parse_args(arguments))
+    for name, (low, high) in LIMITS.items():
+        if not low <= options.get(name, low) <= high:
+            parser.error(f"--{name} {options[name]}: expected {low} to {high}")
     prepare = {"shapes": prepare_shapes, "photos": prepare_photos}[options.pop("kind")]
     try:
         prepared = prepare(**options)

@@ -134,7 +134,7 @@ class Studio:
     def open(self, path: str) -> np.ndarray:
         """A picture file as the model takes it: (1, S, S, 3) uint8."""
         try:
-            image = data.decode_image(Path(path).read_bytes())
+            image = data.decode_image(data.head(path))
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: no readable picture ({error})") from None
         return np.array(data.square(image, self.side))[None]
@@ -380,6 +380,7 @@ def run_tasks(o: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_options(sys.argv[1:] if arguments is None else arguments)
+    sys.stdout.reconfigure(errors="backslashreplace")  # answers may hold any character
     try:
         run_tasks(options)
     except (ValueError, OSError) as error:

@@ -114,9 +114,10 @@ class Config:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"--{f.name} {value}: expected one of {', '.join(choices)}")
-            least = int(f.type is int and f.name not in ("seed", "warmup", *STEPS))
-            if type(value) in (int, float) and not least <= value < 2**63:
-                raise ValueError(f"--{f.name} {value}: expected a number of at least {least}")
+            size = f.type is int and f.name not in ("seed", "warmup", *STEPS)
+            least, most = int(size), 1000 if "depth" in f.name else 2**20 if size else 2**63
+            if type(value) in (int, float) and not least <= value < most:
+                raise ValueError(f"--{f.name} {value}: expected at least {least}, below {most}")
             if f.name in ("drop", "broad_share", "cooldown", "ema") and value > 1:
                 raise ValueError(f"--{f.name} {value}: expected a share, 0 to 1")
         side = math.isqrt(self.tokens)
@@ -458,8 +459,7 @@ class Trainer:
         self.averages = {n: p.detach().clone() for n, p in self.trained.items()}
         self.optimizers = make_optimizers(run.config, self.trained)
         self.scaler = torch.amp.GradScaler(run.device, enabled=run.dtype is torch.float16)
-        self.partial = run.out / f"{stage}.partial"
-        self.older = run.out / f"{stage}.partial.old"
+        self.partial, self.older = (run.out / f"{stage}.partial{end}" for end in ("", ".old"))
         self.step, self.rows, self.seconds = 0, [], 0.0
         # steps that changed nothing because their gradients were not finite: all, the last ones
         self.skipped = self.in_row = torch.zeros((), device=run.device)
@@ -478,11 +478,11 @@ class Trainer:
         """ValueError, before a good checkpoint is overwritten, if numbers have gone bad."""
         count, norm = int(self.in_row), nn.utils.get_total_norm(self.trained.values())
         if count >= self.patience or not norm.isfinite():
-            first = self.step - max(count, 1)
+            first, rate = self.step - max(count, 1), self.optimizers[0].param_groups[0]["lr"]
             raise ValueError(
                 f"stage {self.stage}: loss, gradient or weights not finite since step {first + 1}"
-                f" (rate {self.rate(first):.1e}, rows {self.draw(first)[1].tolist()}): lower the"
-                " rate; the last checkpoint is as it was"
+                f" (rate {rate:.1e}, rows {self.draw(first)[1].tolist()}); the last checkpoint is"
+                " as it was, a lower rate may help"
             )
 
     def save(self) -> None:
@@ -503,25 +503,18 @@ class Trainer:
         """Continues from the newest checkpoint that is whole; a damaged one is named."""
         for path in filter(Path.exists, (self.partial, self.older)):
             raw = path.read_bytes()
-            if hashlib.sha256(raw[32:]).digest() == raw[:32]:
-                return self.load(path, io.BytesIO(raw[32:]))
-            print(f"{path} is damaged and deleted: going back to the one before")
-            path.unlink()
-
-    def load(self, path: Path, file: io.BytesIO) -> None:
-        state = torch.load(file, map_location=self.run.device, weights_only=True)
-        check_same(path, state["metadata"], self.run.metadata)
-        for name in PROGRESS:
-            setattr(self, name, state[name])
-        self.run.model.load_state_dict(state["trained"], strict=False)
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.scaler.load_state_dict(state["scaler"])
-
-    def rate(self, step: int) -> float:
-        c = self.config
-        peak = c.tune_lr if self.stage == "tune" else c.lr
-        return learning_rate(step, self.steps, peak, c.warmup, c.cooldown)
+            if hashlib.sha256(raw[32:]).digest() != raw[:32]:
+                print(f"{path} is damaged and deleted: going back to the one before")
+                path.unlink()
+                continue
+            state = torch.load(io.BytesIO(raw[32:]), self.run.device, weights_only=True)
+            check_same(path, state["metadata"], self.run.metadata)
+            for name in PROGRESS:
+                setattr(self, name, state[name])
+            self.run.model.load_state_dict(state["trained"], strict=False)
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            return self.scaler.load_state_dict(state["scaler"])
 
     def draw(self, step: int, pool=None) -> tuple[np.random.Generator, np.ndarray]:
         """Samples of a step, and the state of its choices: of (seed, stage, step) alone."""
@@ -539,7 +532,9 @@ class Trainer:
 
     def update(self) -> dict[str, float]:
         """One step: forward, backward, clip, optimiser, average; none where numbers go bad."""
-        c, rate = self.config, self.rate(self.step)
+        c = self.config
+        peak = c.tune_lr if self.stage == "tune" else c.lr
+        rate = learning_rate(self.step, self.steps, peak, c.warmup, c.cooldown)
         loss, parts = self.loss(self.step, self.run.data.train_ids)
         self.scaler.scale(loss).backward()
         for optimizer in self.optimizers:
@@ -722,8 +717,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with lock(config.out):
             train_run(config)
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise  # not the machine's limit but a mistake of ours
+        print(f"train.py: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"interrupted; to continue: {shlex.join(['python', 'train.py', *arguments])}")

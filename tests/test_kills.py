@@ -6,6 +6,7 @@ import multiprocessing
 import shutil
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,8 +25,10 @@ def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
     for i in range(3):
         shard(folder / f"{i}.tar", 100 * i, 5 + i, i)
-    CONTEXT.set_forkserver_preload(["victim"])
-    start(folder / "warm", folder, 0)  # imports everything, from which later processes fork
+    CONTEXT.set_forkserver_preload(["victim"])  # imported once: later processes fork from it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        start(folder / "warm", folder)
     begun = time.monotonic()
     assert start(folder / "whole", folder) == "finished"
     return folder / "whole", folder, time.monotonic() - begun
@@ -34,12 +37,13 @@ def uninterrupted(tmp_path_factory):
 def start(folder, shards, patience=None):
     """Works in the folder, is killed after `patience` seconds -> where that was."""
     folder.mkdir(exist_ok=True)
+    where = folder / "where"
+    where.unlink(missing_ok=True)
     process = CONTEXT.Process(target=victim.work, args=(folder, f"{shards}/*.tar", PAUSE))
     process.start()
     process.join(patience)
     process.kill()
     process.join()
-    where = folder / "where"
     return where.read_text().strip() if where.exists() else "before the start"
 
 
