@@ -377,7 +377,7 @@ SMALL = {
         name: st.floats(0, 1e20, allow_subnormal=False)
         for name in ("clip_noise", "pixel_weight", "decoder_noise")
     },
-    "tokens": st.sampled_from([1, 4, 16, 64, 256, 4096]),
+    "tokens": st.sampled_from([1, 4, 16, 64, 256]),
     "channels": st.integers(1, 40),
     "text_length": st.integers(1, 300),
     "seed": st.integers(0, 2**63 - 1),
@@ -390,7 +390,7 @@ SMALL = {
 }
 
 
-@cases(0.05)
+@cases(0.03)
 @given(flags=st.fixed_dictionaries({}, optional=SMALL))
 def test_accepted_flags_of_train_run(capsys, micro_flags, tmp_path_factory, flags):
     """A whole run of a step a stage, or one line that names what does not fit."""

@@ -252,7 +252,7 @@ def test_nothing_is_unpacked(tmp_path, monkeypatch):
     )
     prepared = data.prepare_photos(tmp_path / "x.tar", tmp_path / "set")
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    names = ("images.npy", "text.npy", "text_index.npy", "meta.json")
+    names = ("images.npy", "text.npy", "text_index.npy", "meta.json", ".lock")
     assert files == {"x.tar", *(f"set/{name}" for name in names)} and len(prepared) == 3
 
 
