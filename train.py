@@ -263,6 +263,9 @@ class Run:
         words, side = self.tokenizer.words, self.data.images.shape[1]
         if side % math.isqrt(config.tokens):
             raise ValueError(f"--tokens {config.tokens}: expected a grid that divides {side} px")
+        if (latents := side // M.VAE.factor) % config.decoder_patch:
+            message = f"expected what divides the {latents} latents of a side"
+            raise ValueError(f"--decoder_patch {config.decoder_patch}: {message}")
         raw = None if self.data.features is None else self.data.features.shape[-1]
         torch.manual_seed(config.seed)
         self.model = m = M.BLIP3o(config, len(self.tokenizer), side, raw).to(self.device)

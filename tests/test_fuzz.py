@@ -392,6 +392,7 @@ SMALL = {
 
 @cases(0.03)
 @given(flags=st.fixed_dictionaries({}, optional=SMALL))
+@example(flags={"decoder_patch": 3})
 def test_accepted_flags_of_train_run(capsys, micro_flags, tmp_path_factory, flags):
     """A whole run of a step a stage, or one line that names what does not fit."""
     out = tmp_path_factory.mktemp("fuzz")
