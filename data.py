@@ -676,8 +676,9 @@ def open_array(path):
     """A memory map of a .npy file; ValueError if that is damaged."""
     try:
         return np.lib.format.open_memmap(path, mode="r")
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete its folder") from error
+    except Exception as error:  # numpy's parser of headers raises nearly anything
+        advice = "delete meta.json or cache.safetensors beside it to make it again"
+        raise ValueError(f"{path} is damaged ({type(error).__name__}): {advice}") from error
 
 
 def write_set(out, settings, sources, read, extra=()):
