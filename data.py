@@ -28,6 +28,11 @@ from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 def require(condition, message):
     """ValueError with this message unless the condition holds."""
@@ -462,6 +467,8 @@ def open_tower(name, tokens=64, weights=None):
 
 KINDS = {"txt": "txt"} | dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image")
 MAX_BYTES, MAX_PIXELS = 64 * 2**20, 40_000_000
+MAX_CAPTION = 2**16  # bytes
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # EPS would start Ghostscript
 MIN_SIDE, MAX_ASPECT = 8, 3  # px; the longer side divided by the shorter
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit and its warning: ours is lower
 
@@ -480,7 +487,7 @@ def expand_sources(sources):
 def decode_image(data):
     """Bytes of an image file -> upright RGB PIL image; ValueError with the reason to drop it."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception as error:
         raise ValueError("not an image") from error
     short, long = sorted(image.size)  # known from the header, before decoding
@@ -545,6 +552,7 @@ def open_sample(parts):
     require("image" in parts, "missing image")
     require("txt" in parts, "missing caption")
     require(max(map(len, parts.values())) <= MAX_BYTES, f"file over {MAX_BYTES // 2**20} MB")
+    require(len(parts["txt"]) <= MAX_CAPTION, f"caption over {MAX_CAPTION} bytes")
     caption = " ".join(parts["txt"].decode("utf-8-sig", "replace").split())
     require(caption, "empty caption")
     require("\ufffd" not in caption, "caption is not UTF-8")
@@ -578,23 +586,81 @@ def square(image, side):
 
 # ------------------------------------------------------------------------------ the prepared set
 
-FORMAT = 1  # of the folder; raise it when an older folder must not be read
+FORMAT = 2  # of the folder; raise it when an older folder must not be read
+LIMITS = {"count": (2, 10**9), "seed": (0, 2**63), "size": (8, 1024), "tokens": (1, 4096)}
 CHUNK = 1000  # scenes between two commits
+
+
+def lock(folder):
+    """Holds the folder while the returned file is open; ValueError if another process does."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = open(Path(folder) / ".lock", "a")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{folder} is in use by another process") from error
+    return file
+
+
+def flush(path):
+    """Waits until the file is on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def write_whole(path: Path, write) -> None:
     """`write(temporary path)`, flush, rename: the file appears whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        flush(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def write_json(path, value):
     """Writes JSON whole or not at all."""
-    text = json.dumps(value, indent=1)
+    text = json.dumps({"crc32": zlib.crc32(json.dumps(value).encode()), **value}, indent=1)
     write_whole(Path(path), lambda temporary: temporary.write_text(text))
+
+
+def read_json(path):
+    """What `write_json` wrote; ValueError if anything in it has changed since."""
+    try:
+        value = json.loads(path.read_text())
+        if value.pop("crc32") == zlib.crc32(json.dumps(value).encode()):
+            return value
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass  # no JSON, or none of ours
+    raise ValueError(f"{path} is damaged or was edited: delete its folder and prepare it again")
+
+
+def write_array(path, dtype, shape, parts):
+    """Writes a .npy file of arrays that follow each other, whole or not at all.
+
+    Not through a memory map: a full disk would end the process without a word.
+    """
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in parts:
+                file.write(part)
+
+    write_whole(path, write)
+
+
+def open_array(path):
+    """A memory map of a .npy file; ValueError if that is damaged."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # numpy's parser of headers raises nearly anything
+        advice = "delete meta.json or cache.safetensors beside it to make it again"
+        raise ValueError(f"{path} is damaged ({type(error).__name__}): {advice}") from error
 
 
 def write_set(out, settings, sources, read):
@@ -607,12 +673,11 @@ def write_set(out, settings, sources, read):
     out, settings = Path(out), settings | {"format": FORMAT}
     state = {"settings": settings, "units": 0, "count": 0, "arrays": {}, "dropped": {}}
     if (out / "meta.json").is_file():
-        state = json.loads((out / "meta.json").read_text())
+        state = read_json(out / "meta.json")
         old = state["settings"]
         require(old == settings, f"{out} was prepared with other settings, {old}: delete it first")
     if "version" in state:
         return PreparedSet(out)
-    out.mkdir(parents=True, exist_ok=True)
     arrays, dropped = state["arrays"], Counter(state["dropped"])
     for file in out.glob("*.raw"):
         os.truncate(file, arrays.get(file.stem, [0])[0])
@@ -628,6 +693,8 @@ def write_set(out, settings, sources, read):
                     with open(out / f"{name}.raw", "ab") as file:
                         file.write(array.tobytes())
                 bar.update(len(texts))
+            for file in out.glob("*.raw"):
+                flush(file)  # before the commit, for a machine without power
             state |= {"units": state["units"] + 1, "count": bar.n, "dropped": dropped}
             write_json(out / "meta.json", state)
     lost, kept = sum(dropped.values()), state["count"]
@@ -636,7 +703,7 @@ def write_set(out, settings, sources, read):
     require(kept, f"no usable sample: {dict(dropped)}")
     for name, (_, dtype, shape) in arrays.items():
         raw = np.memmap(out / f"{name}.raw", dtype, "r").reshape(-1, *shape)  # (rows, ...)
-        np.save(out / f"{name}.npy", raw)
+        write_array(out / f"{name}.npy", raw.dtype, raw.shape, [raw])
     write_json(out / "meta.json", state | {"version": FORMAT})
     for file in out.glob("*.raw"):
         file.unlink()
@@ -652,11 +719,11 @@ class PreparedSet:
 
     def __init__(self, folder):
         self.folder, path = folder, Path(folder) / "meta.json"
-        self.meta = json.loads(path.read_text()) if path.is_file() else {}
+        require(path.is_file(), f"{folder} is not a prepared set: run data.py first")
+        self.meta = read_json(path)
         finished = self.meta.get("version") == FORMAT
-        require(finished, f"{folder} is not a prepared set of format {FORMAT}: run data.py first")
-        names = {name: path.with_name(f"{name}.npy") for name in self.meta["arrays"]}
-        maps = {name: np.load(file, mmap_mode="r") for name, file in names.items()}
+        require(finished, f"{folder} is not a finished set of format {FORMAT}: run data.py again")
+        maps = {name: open_array(path.with_name(f"{name}.npy")) for name in self.meta["arrays"]}
         self.images, self._text, self._ends = maps["images"], maps["text"], maps["text_index"]
         self.features = maps.get("features")
         order, count = np.arange(len(self)), min(max(len(self) // 50, 500), len(self) // 2)
@@ -680,7 +747,6 @@ def prepare_shapes(out="data/shapes", count=60000, seed=0):
     count: scenes
     seed: other scenes for another seed
     """
-    require(count >= 2, f"count must be at least 2, got {count}")
 
     def read(start, _):
         rng = np.random.default_rng([seed, start])
@@ -690,7 +756,8 @@ def prepare_shapes(out="data/shapes", count=60000, seed=0):
         yield [scene_texts(*row, seed, i) for i, row in rows], {"images": images}
 
     settings = {"kind": "shapes", "count": count, "seed": seed, "size": SIDE}
-    return write_set(out, settings, range(0, count, CHUNK), read)
+    with lock(out):
+        return write_set(out, settings, range(0, count, CHUNK), read)
 
 
 def fingerprint(path):
@@ -713,12 +780,12 @@ def prepare_photos(
     weights: file of the tower's weights, or untrained; timm's hub without
     device: of the tower
     """
-    require(size >= MIN_SIDE, f"size must be at least {MIN_SIDE} px, got {size}")
     paths = expand_sources(sources)
     names = [[os.path.basename(path), fingerprint(path)] for path in paths]
     settings = {"kind": "photos", "sources": names, "size": size, "tower": tower, "tokens": tokens}
     settings["weights"] = weights and str(weights)
     if tower:
+        require(getattr(torch, device).is_available(), f"--device {device}: no such device here")
         model, facts = open_tower(tower, tokens, weights)
         model.to(device)
         settings |= facts
@@ -733,7 +800,8 @@ def prepare_photos(
                 rows["features"] = model(pixels).half().cpu().numpy()
             yield [{"caption": text, "clean": None, "qa": []} for _, _, text in batch], rows
 
-    return write_set(out, settings, paths, read)
+    with lock(out):
+        return write_set(out, settings, paths, read)
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -755,7 +823,7 @@ def add_flags(parser, function):
     parser.set_defaults(function=function)
 
 
-def command_line(about, arguments, function=None, **commands):
+def command_line(about, arguments, limits, function=None, **commands):
     """Calls `function` or the command that is named; what is wrong ends in one line and code 2."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=about, formatter_class=style)
@@ -766,15 +834,20 @@ def command_line(about, arguments, function=None, **commands):
         for name, command in commands.items():
             add_flags(choices.add_parser(name, help=command.__doc__.split("\n")[0]), command)
     options = vars(parser.parse_args(arguments))
+    for name, (low, high) in limits.items():
+        if not low <= options.get(name, low) <= high:  # nan is outside too
+            parser.error(f"--{name} {options[name]}: expected {low} to {high}")
     try:
         return options.pop("function")(**options)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted: the same command continues\n")
 
 
 def main(arguments=None):
     """Prepares the set that the command line describes."""
-    made = command_line(__doc__, arguments, shapes=prepare_shapes, photos=prepare_photos)
+    made = command_line(__doc__, arguments, LIMITS, shapes=prepare_shapes, photos=prepare_photos)
     print(f"{made.folder}: {len(made)} images of {made.images.shape[1]} px")
 
 

@@ -79,7 +79,7 @@ def build_sequences(
     tokens: int = 64,
     queries: int = 64,
     length: int | None = None,
-    cut: bool = False,
+    cut: Counter | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The one function that lays out a sequence, for every task, in training and in inference.
 
@@ -89,16 +89,25 @@ def build_sequences(
         ("bot", text)      <bot> text <eos>, the part that carries loss; text None leaves it open
         ("queries", None)  `queries` positions that the learned queries will fill
     Returns ids (B, T) and learn (B, T), true where the token is to be predicted. Rows are padded
-    on the left, so that the last position is the last of each row; T is `length`, or the longest
-    row rounded up to 16.
+    on the left, so that the last position is the last of each row; T is the longest row rounded
+    up to 16.
 
-    Raises ValueError if a row is longer than `length`, unless `cut` drops its end.
+    Raises ValueError if a text has more than `length` tokens, unless there is a Counter `cut`: then
+    its end is dropped, never within a character, and counted by role.
     """
     built, slots = [], {"image": [IMAGE] * tokens, "queries": [QUERY] * queries}
     for row in rows:
         ids, learn = [BOS], [False]
         for role, text in row:
             body = tokenizer.encode(text) if text is not None else []
+            if length is not None and len(body) > length:
+                if cut is None:
+                    raise ValueError(f"a text of {len(body)} tokens, at most {length} are possible")
+                cut[role] += 1
+                end = length
+                while body[end] >> 6 == 2:  # a byte within a character
+                    end -= 1
+                body = body[:end]
             if role in slots:
                 body = slots[role]
             elif role == "bot" and text is not None:
@@ -108,15 +117,11 @@ def build_sequences(
             ids += body
             # <bot> itself is given, what follows it is learned
             learn += [role == "bot" and i > 0 for i in range(len(body))]
-        if length is not None and len(ids) > length:
-            if not cut:
-                raise ValueError(f"a sequence of {len(ids)} tokens, at most {length} are possible")
-            ids, learn = ids[:length], learn[:length]
         built.append((ids, learn))
     # whole multiples of 16: a compiled network meets few different lengths
-    length = length or math.ceil(max(len(ids) for ids, _ in built) / 16) * 16
-    ids = torch.tensor([[PAD] * (length - len(ids)) + ids for ids, _ in built])  # (B, T)
-    learn = torch.tensor([[False] * (length - len(row)) + row for _, row in built])  # (B, T)
+    longest = math.ceil(max(len(ids) for ids, _ in built) / 16) * 16
+    ids = torch.tensor([[PAD] * (longest - len(ids)) + ids for ids, _ in built])  # (B, T)
+    learn = torch.tensor([[False] * (longest - len(row)) + row for _, row in built])  # (B, T)
     return ids, learn
 
 

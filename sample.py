@@ -11,6 +11,7 @@ Without --run the newest finished run below out/ is used, else the weights that 
 import json
 import math
 import platform
+import sys
 import time
 from collections import Counter, defaultdict
 from functools import partial
@@ -30,6 +31,8 @@ from train import DESCRIBE, load_model
 
 HERE = Path(__file__).parent
 BATCH = 128  # rows at once: bounds the memory, changes no picture
+LIMITS = {"count": (1, 1000), "steps": (1, 1000), "guidance": (0, 100), "seed": (0, 2**32)}
+LIMITS |= {"decoder_steps": (1, 1000), "decoder_guidance": (0, 100)}
 
 
 def find_run(given: str | None) -> Path:
@@ -65,14 +68,17 @@ class Studio:
         self.net, self.tokenizer, self.config, self.facts = load_model(path)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.net.to(self.device)
+        self.cut = None  # a Counter: texts that are too long are cut and counted, not refused
         self.flow, self.paint_options = flow, paint
         if self.net.clip is None:
             name, weights = (self.facts["data"][key] for key in ("tower", "weights"))
             self.tower = data.open_tower(name, self.config.tokens, weights)[0].to(self.device)
 
     def sequences(self, rows: list) -> Tensor:
-        c = self.config
-        return M.build_sequences(self.tokenizer, rows, c.tokens, c.queries)[0].to(self.device)
+        """Ids (B, T); ValueError if a text is too long, unless `cut` counts what is dropped."""
+        c, texts = self.config, (self.config.text_length, self.cut)
+        ids = M.build_sequences(self.tokenizer, rows, c.tokens, c.queries, *texts)[0]
+        return ids.to(self.device)
 
     def imagine(self, prompts: list[str], seeds: list[int]) -> Tensor:
         """Prompts -> treated vectors (B, N, C)."""
@@ -112,7 +118,7 @@ class Studio:
     def open(self, path: str) -> np.ndarray:
         """A picture file as the model takes it: (1, S, S, 3) uint8."""
         try:
-            image = data.decode_image(Path(path).read_bytes())
+            image = data.decode_image(data.head(path))
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: no readable picture ({error})") from None
         return np.array(data.square(image, self.facts["side"]))[None]
@@ -251,6 +257,7 @@ def evaluate_run(studio: Studio, path: Path, seed: int, count: int) -> None:
     """Writes scores.json beside the weights."""
     begun, dataset = time.perf_counter(), data.PreparedSet(studio.config.data)
     torch.manual_seed(seed)
+    studio.cut = Counter()  # the set's own texts may be long, as in training
     scores = evaluate_clip(studio, dataset) if studio.net.clip is not None else {}
     scores |= evaluate_understanding(studio, dataset)
     if dataset.meta["settings"]["kind"] == "shapes":
@@ -262,8 +269,9 @@ def evaluate_run(studio: Studio, path: Path, seed: int, count: int) -> None:
     scores |= {"seconds_eval": round(time.perf_counter() - begun, 1), "seed": seed}
     threads = f"{torch.get_num_threads()} threads"
     scores["machine"] = f"{platform.machine()}, {threads}, {studio.device}"
-    data.write_json(target, scores)
-    print(json.dumps(scores, indent=2), f"\n{target}")
+    text = json.dumps(scores, indent=2)
+    write_whole(target, lambda temporary: temporary.write_text(text))
+    print(text, f"\n{target}")
 
 
 def run_tasks(
@@ -299,8 +307,6 @@ def run_tasks(
     decoder_steps: of the decoder
     decoder_guidance: of the decoder; 1 is off
     """
-    for name, value in dict(count=count, steps=steps, decoder_steps=decoder_steps).items():
-        require(value >= 1, f"--{name} {value}: expected at least 1")
     require(bool(ask) == bool(image), "--ask and --image go together")
     tasks = prompts or caption or ask or reconstruct or evaluate
     require(tasks, "nothing to do: give a prompt, --caption, --ask, --reconstruct or --evaluate")
@@ -325,7 +331,8 @@ def run_tasks(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    data.command_line(__doc__, arguments, run_tasks)
+    sys.stdout.reconfigure(errors="backslashreplace")  # answers may hold any character
+    data.command_line(__doc__, arguments, LIMITS, run_tasks)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,19 @@ command again continues. See data.py for the set, sample.py for pictures and sco
 
 import argparse
 import ctypes
+import hashlib
+import io
 import json
 import math
 import os
 import re
+import shlex
 import shutil
+import signal
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -24,20 +29,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import model as M
-from data import PreparedSet, write_whole
+from data import PreparedSet, lock, open_array, write_array, write_whole
 
 STAGES = ("clip", "vae", "cache", "understand", "generate", "tune", "decode")
 STEPS = tuple(f"{stage}_steps" for stage in STAGES)
-VERSION = 1  # of the checkpoints
+VERSION = 2  # of the checkpoints
 # the optimiser's matrices: adaLN's are wide, so that orthogonalising them costs more than it gains
 MUON = r"blocks\.(?!.*modulation)"
 HARMLESS = {"data", "out", "device", "precision", "compile", "save_every", "strip_every"}
+PROGRESS = ("step", "rows", "seconds", "skipped", "in_row", "averages")  # of a stage
 DESCRIBE = "describe"  # the question whose answer is the caption
 
 
@@ -61,6 +67,7 @@ class Config:
     queries: int = flag(16, "learned queries behind a prompt; the paper has as many as vectors")
     channels: int = flag(8, "width of the treated vectors")
     treatment: str = flag("standardise", "of the vectors", ("standardise", "whiten"))
+    text_length: int = flag(256, "tokens of a text, of which training drops what comes after")
     head_dim: int = flag(64, "width of an attention head")
     clip_width: int = flag(128, "width of the tiny CLIP's towers")
     clip_depth: int = flag(3, "blocks of the tiny CLIP's image tower")
@@ -108,9 +115,10 @@ class Config:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"--{f.name} {value}: expected one of {', '.join(choices)}")
-            least = int(f.type is int and f.name not in ("seed", "warmup", *STEPS))
-            if type(value) in (int, float) and not least <= value < 2**63:
-                raise ValueError(f"--{f.name} {value}: expected a number of at least {least}")
+            size = f.type is int and f.name not in ("seed", "warmup", *STEPS)
+            least, most = int(size), 1000 if "depth" in f.name else 2**20 if size else 2**63
+            if type(value) in (int, float) and not least <= value < most:
+                raise ValueError(f"--{f.name} {value}: expected at least {least}, below {most}")
             if f.name in ("drop", "broad_share", "cooldown", "ema") and value > 1:
                 raise ValueError(f"--{f.name} {value}: expected a share, 0 to 1")
         side = math.isqrt(self.tokens)
@@ -198,29 +206,41 @@ def resolve_machine(c: Config) -> tuple[torch.device, torch.dtype | None, bool]:
     return torch.device(device), dtype, compile
 
 
+def checksum(tensors: dict[str, Tensor], metadata: dict) -> str:
+    """Changes with every bit that a checkpoint holds."""
+    return hashlib.sha256(save(tensors) + json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+
+
 def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     metadata = {name: json.dumps(value) for name, value in metadata.items()}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+    raw = save(tensors, {**metadata, "sha256": checksum(tensors, metadata)})
+    write_whole(path, lambda temporary: temporary.write_bytes(raw))
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and metadata of a checkpoint; ValueError if broken or of another version."""
+    """Tensors and metadata of a checkpoint; ValueError if damaged or of another version."""
     try:
         with safe_open(path, "pt") as file:
-            metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+            found = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: broken weights ({error}); delete the file") from error
+        seal = found.pop("sha256", None)
+        metadata = {name: json.loads(value) for name, value in found.items()}
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: damaged weights ({error}), delete the file") from error
     if metadata.get("version") != VERSION:
         found = metadata.get("version", "none")
         raise ValueError(f"{path} has version {found}, this code reads {VERSION}: train it again")
+    if seal != checksum(tensors, found):
+        raise ValueError(f"{path}: damaged weights (checksum), delete the file")
     return tensors, metadata
 
 
 def load_model(path: Path) -> tuple[M.BLIP3o, M.Tokenizer, Config, dict]:
     """The model of a finished run (or of shipped weights), in float32 and frozen."""
     tensors, metadata = load_weights(path)
+    if unknown := metadata["config"].keys() ^ {f.name for f in fields(Config)}:
+        raise ValueError(f"{path} differs in settings {sorted(unknown)}: train it again")
     config, tokenizer = Config(**metadata["config"]), M.Tokenizer(metadata["words"])
     net = M.BLIP3o(config, len(tokenizer), metadata["side"], metadata["raw_channels"])
     net.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
@@ -238,13 +258,16 @@ class Run:
 
     def __init__(self, config: Config):
         self.config, self.out, self.data = config, Path(config.out), PreparedSet(config.data)
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.caches, self.cut = {}, Counter()
         self.device, self.dtype, compile = resolve_machine(config)
         texts = (self.data.texts(i) for i in self.data.train_ids[:5000])
         self.tokenizer = M.Tokenizer.fit(text for entry in texts for text in flat_texts(entry))
         words, side = self.tokenizer.words, self.data.images.shape[1]
         if side % math.isqrt(config.tokens):
             raise ValueError(f"--tokens {config.tokens}: expected a grid that divides {side} px")
+        if (latents := side // M.VAE.factor) % config.decoder_patch:
+            message = f"expected what divides the {latents} latents of a side"
+            raise ValueError(f"--decoder_patch {config.decoder_patch}: {message}")
         raw = None if self.data.features is None else self.data.features.shape[-1]
         torch.manual_seed(config.seed)
         self.model = m = M.BLIP3o(config, len(self.tokenizer), side, raw).to(self.device)
@@ -319,8 +342,9 @@ class Run:
 
     def cached(self, name: str, ids) -> Tensor:
         """Rows of the cache "features" or "latents": (B, N, C)."""
-        cache = np.load(self.out / f"{name}.npy", mmap_mode="r")
-        return torch.from_numpy(cache[ids]).to(self.device).float()
+        if name not in self.caches:  # opened once: a map of each step would grow the process
+            self.caches[name] = open_array(self.out / f"{name}.npy")
+        return torch.from_numpy(self.caches[name][ids]).to(self.device).float()
 
     def kept(self, rng, ids) -> Tensor:
         """0 for the share of rows whose condition is dropped, else 1: (B, 1, 1)."""
@@ -328,7 +352,8 @@ class Run:
 
     def build(self, rows) -> tuple[Tensor, Tensor]:
         c = self.config
-        ids, learn = M.build_sequences(self.tokenizer, rows, c.tokens, c.queries)
+        texts = (c.text_length, self.cut)
+        ids, learn = M.build_sequences(self.tokenizer, rows, c.tokens, c.queries, *texts)
         return ids.to(self.device), learn.to(self.device)
 
 
@@ -372,8 +397,11 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (K. Jordan, 2024), for matrices; step size as in torch.optim.Muon.
 
     torch's own rounds to bf16, which a CPU without AMX emulates at a hundredth of the speed; this
-    one computes in the gradient's precision. A test holds the two together.
+    one computes in the gradient's precision. A test holds the two together. As in torch's fused
+    optimisers, nothing changes where found_inf is 1.
     """
+
+    found_inf = torch.zeros(())
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -384,14 +412,16 @@ class Muon(torch.optim.Optimizer):
             shapes = defaultdict(list)  # matrices of one shape are orthogonalised together
             for p in (p for p in group["params"] if p.grad is not None):
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                nesterov = p.grad.lerp(momentum, group["momentum"])
+                grad = torch.where(self.found_inf == 0, p.grad, momentum)
+                momentum.lerp_(grad, 1 - group["momentum"])
+                nesterov = grad.lerp(momentum, group["momentum"])
                 shapes[p.shape].append((p, nesterov))
             for shape, pairs in shapes.items():
                 updates = orthogonalise(torch.stack([update for _, update in pairs]))
-                rate = group["lr"] * 0.2 * math.sqrt(max(shape))
+                rate = group["lr"] * (1 - self.found_inf)
+                updates *= rate * 0.2 * math.sqrt(max(shape))
                 for (p, _), update in zip(pairs, updates):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=rate)
+                    p.mul_(1 - rate * group["weight_decay"]).sub_(update)
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -435,8 +465,12 @@ class Trainer:
         self.averages = {n: p.detach().clone() for n, p in self.trained.items()}
         self.optimizers = make_optimizers(run.config, self.trained)
         self.scaler = torch.amp.GradScaler(run.device, enabled=run.dtype is torch.float16)
-        self.partial = run.out / f"{stage}.partial"
+        self.partial, self.older = (run.out / f"{stage}.partial{end}" for end in ("", ".old"))
         self.step, self.rows, self.seconds = 0, [], 0.0
+        # steps that changed nothing because their gradients were not finite: all, the last ones
+        self.skipped = self.in_row = torch.zeros((), device=run.device)
+        # fp16 starts with a scale that is too large and halves it at each overflow
+        self.patience = 5 + 16 * self.scaler.is_enabled()
 
     def describe(self) -> str:
         names = sorted({".".join(n.split(".")[: 1 + n.startswith("back")]) for n in self.trained})
@@ -446,34 +480,64 @@ class Trainer:
         )
         return f"trains {', '.join(names)} ({size:.2f} M), {whole - size:.2f} M are frozen"
 
+    def check(self) -> None:
+        """ValueError, before a good checkpoint is overwritten, if numbers have gone bad."""
+        count, norm = int(self.in_row), nn.utils.get_total_norm(self.trained.values())
+        if count >= self.patience or not norm.isfinite():
+            first, rate = self.step - max(count, 1), self.optimizers[0].param_groups[0]["lr"]
+            raise ValueError(
+                f"stage {self.stage}: loss, gradient or weights not finite since step {first + 1}"
+                f" (rate {rate:.1e}, rows {self.draw(first)[1].tolist()}); the last checkpoint is"
+                " as it was, a lower rate may help"
+            )
+
     def save(self) -> None:
-        state = {name: getattr(self, name) for name in ("step", "rows", "seconds", "averages")}
+        """The newest checkpoint, whole or not at all; the one before is kept."""
+        self.check()
+        state = {name: getattr(self, name) for name in PROGRESS}
         state |= {"metadata": self.run.metadata, "scaler": self.scaler.state_dict()}
         state["trained"] = {n: p.detach() for n, p in self.trained.items()}
         state["optimizers"] = [o.state_dict() for o in self.optimizers]
-        write_whole(self.partial, lambda temporary: torch.save(state, temporary))
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        raw = buffer.getvalue()
+        if self.partial.exists():
+            os.replace(self.partial, self.older)
+        write_whole(self.partial, lambda file: file.write_bytes(hashlib.sha256(raw).digest() + raw))
 
     def restore(self) -> None:
-        state = torch.load(self.partial, map_location=self.run.device, weights_only=True)
-        check_same(self.partial, state["metadata"], self.run.metadata)
-        for name in ("step", "rows", "seconds", "averages"):
-            setattr(self, name, state[name])
-        self.run.model.load_state_dict(state["trained"], strict=False)
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.scaler.load_state_dict(state["scaler"])
+        """Continues from the newest checkpoint that is whole; a damaged one is named."""
+        for path in filter(Path.exists, (self.partial, self.older)):
+            raw = path.read_bytes()
+            if hashlib.sha256(raw[32:]).digest() != raw[:32]:
+                print(f"{path} is damaged and deleted: going back to the one before")
+                path.unlink()
+                continue
+            state = torch.load(io.BytesIO(raw[32:]), self.run.device, weights_only=True)
+            check_same(path, state["metadata"], self.run.metadata)
+            for name in PROGRESS:
+                setattr(self, name, state[name])
+            self.run.model.load_state_dict(state["trained"], strict=False)
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            return self.scaler.load_state_dict(state["scaler"])
+
+    def draw(self, step: int, pool=None) -> tuple[np.random.Generator, np.ndarray]:
+        """Samples of a step, and the state of its choices: of (seed, stage, step) alone."""
+        rng = np.random.default_rng([self.config.seed, STAGES.index(self.stage), step])
+        torch.manual_seed(int(rng.integers(2**62)))
+        pool = self.run.data.train_ids if pool is None else pool
+        return rng, np.sort(rng.choice(pool, self.batch, replace=len(pool) < self.batch))
 
     def loss(self, step: int, pool) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and parts of a step; its samples and noise depend on (seed, stage, step) alone."""
-        rng = np.random.default_rng([self.config.seed, STAGES.index(self.stage), step])
-        torch.manual_seed(int(rng.integers(2**62)))
-        ids = np.sort(rng.choice(pool, self.batch, replace=len(pool) < self.batch))
+        rng, ids = self.draw(step, pool)
         device, dtype = self.run.device.type, self.run.dtype
         with torch.autocast(device, dtype, enabled=dtype is not None):
             return self.loss_of(rng, ids)
 
     def update(self) -> dict[str, float]:
-        """One step: forward, backward, clip, optimiser, average."""
+        """One step: forward, backward, clip, optimiser, average; none where numbers go bad."""
         c = self.config
         peak = c.tune_lr if self.stage == "tune" else c.lr
         rate = learning_rate(self.step, self.steps, peak, c.warmup, c.cooldown)
@@ -482,12 +546,15 @@ class Trainer:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), c.clip_norm)
+        # the flag stays on the device, since reading it would wait; too many in a row skip the rest
+        bad = (~(norm + loss.detach()).isfinite() | (self.in_row >= self.patience)).float()
+        self.skipped, self.in_row = self.skipped + bad, (self.in_row + 1) * bad
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             # not scaler.step, which would judge each optimiser by its own gradients
-            if norm.isfinite() or not self.scaler.is_enabled():
-                optimizer.step()
+            optimizer.found_inf = bad
+            optimizer.step()
             optimizer.zero_grad()
         self.scaler.update()
         decay = min(c.ema, (1 + self.step) / (10 + self.step))
@@ -495,8 +562,8 @@ class Trainer:
             pairs = list(self.averages.values()), list(self.trained.values())
             torch._foreach_lerp_(*pairs, 1 - decay)
         self.step += 1
-        values = {"loss": loss, "rate": torch.tensor(rate), "norm": norm, **parts}
-        return {name: value.detach() for name, value in values.items()}
+        values = {"loss": loss, "rate": torch.tensor(rate), "norm": norm, "skipped": self.skipped}
+        return {name: value.detach() for name, value in (values | parts).items()}
 
     def use_averages(self) -> dict[str, Tensor]:
         """Puts the averages into the model and returns what was there."""
@@ -505,23 +572,36 @@ class Trainer:
         return live
 
 
+@contextmanager
+def deferred_interrupt():
+    """Yields a list that Ctrl-C fills, instead of breaking off in the middle of a step."""
+    asked = []
+    before = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def train_stage(run: Run, stage: str) -> None:
     """The one loop of all stages; leaves STAGE.safetensors, the averaged weights, when done."""
     c, trainer = run.config, Trainer(run, stage)
-    if trainer.partial.exists():
-        trainer.restore()
+    trainer.restore()
     print(f"stage {stage}: {trainer.describe()}; step {trainer.step} of {trainer.steps}")
     begun, first = time.perf_counter() - trainer.seconds, trainer.step
-    with tqdm(total=trainer.steps, initial=first, desc=stage, unit="step") as bar:
+    bar = tqdm(total=trainer.steps, initial=first, desc=stage, unit="step")
+    with bar, deferred_interrupt() as asked:
         while trainer.step < trainer.steps:
             values = trainer.update()
             last = trainer.step == trainer.steps
             if trainer.step % 10 == 1 or last:  # reading values waits for the device
+                trainer.check()
                 row = {"step": trainer.step, **{k: float(v) for k, v in values.items()}}
                 trainer.rows.append(row)
                 bar.set_postfix_str(
                     f"loss {row['loss']:.3f} rate {row['rate']:.1e} norm {row['norm']:.2f}"
                     f" {bar.format_dict['rate'] or 0:.2f} x {trainer.batch} images/s"
+                    f"{' SKIPPED %d' % row['skipped'] if row['skipped'] else ''}"
                 )
             bar.update()
             trainer.seconds = time.perf_counter() - begun
@@ -529,17 +609,22 @@ def train_stage(run: Run, stage: str) -> None:
                 live = trainer.use_averages()
                 save_strip(run, stage, trainer.step)
                 run.model.load_state_dict(live, strict=False)
-            if trainer.step % c.save_every == 0:
+            if trainer.step % c.save_every == 0 or asked:
                 trainer.save()
                 write_log(run.out / f"{stage}.csv", trainer.rows)
+            if asked:
+                raise KeyboardInterrupt
     trainer.use_averages()
     with torch.no_grad():
         held = [float(trainer.loss(2**31 + i, run.data.val_ids)[0]) for i in range(4)]
     write_log(run.out / f"{stage}.csv", trainer.rows)
-    print(f"stage {stage}: validation loss {np.mean(held):.4f}, {trainer.seconds:.0f} s")
+    cut = f", texts cut to {c.text_length} tokens: {dict(run.cut)}" if run.cut else ""
+    print(f"stage {stage}: validation loss {np.mean(held):.4f}, {trainer.seconds:.0f} s{cut}")
+    run.cut.clear()
     facts = {**run.metadata, "seconds": trainer.seconds, "validation_loss": float(np.mean(held))}
     save_weights(run.out / f"{stage}.safetensors", trainer.averages, facts)
-    trainer.partial.unlink(missing_ok=True)
+    for file in run.out.glob(f"{stage}.partial*"):
+        file.unlink()
 
 
 def write_log(path: Path, rows: list[dict]) -> None:
@@ -573,16 +658,14 @@ def fill_cache(run: Run) -> None:
     m.treatment.fit(torch.cat([encode(ids).cpu() for ids in parts]), run.config.treatment)
     latents = torch.cat([m.vae.encode(run.pixels(ids)).cpu() for ids in parts])
     m.latent_treatment.fit(latents)
-    features, latents = (
-        np.lib.format.open_memmap(run.out / f"{name}.npy", "w+", np.float16, (count, *shape))
-        for name, shape in (("features", m.head.shape), ("latents", m.decoder.shape))
-    )
-    for start in tqdm(range(0, count, 128), desc="cache", unit="batch"):
-        ids = np.arange(start, min(start + 128, count))
-        features[ids] = m.treatment(encode(ids)).half().cpu()
-        latents[ids] = m.latent_treatment(m.vae.encode(run.pixels(ids))).half().cpu()
-    features.flush()
-    latents.flush()
+    encoders = {
+        "features": (m.head.shape, lambda ids: m.treatment(encode(ids))),
+        "latents": (m.decoder.shape, lambda ids: m.latent_treatment(m.vae.encode(run.pixels(ids)))),
+    }
+    batches = np.split(np.arange(count), range(128, count, 128))
+    for name, (shape, encoded) in encoders.items():
+        rows = (encoded(ids).half().cpu().numpy() for ids in tqdm(batches, name, unit="batch"))
+        write_array(run.out / f"{name}.npy", np.float16, (count, *shape), rows)
     statistics = {k: v for k, v in m.state_dict().items() if "treatment." in k}
     facts = {**run.metadata, "seconds": time.perf_counter() - begun}
     save_weights(run.out / "cache.safetensors", statistics, facts)
@@ -609,31 +692,45 @@ def save_strip(run: Run, stage: str, step: int) -> None:
     else:
         return
     both = torch.cat([M.to_images(pixels), shown]).permute(0, 3, 1, 2) / 255
-    save_image(make_grid(both, nrow=len(ids)), run.out / f"{stage}-{step:06d}.png")
+    grid = make_grid(both, nrow=len(ids))
+    write_whole(run.out / f"{stage}-{step:06d}.png", lambda file: save_image(grid, file, "PNG"))
+
+
+def train_run(config: Config) -> None:
+    run = Run(config)
+    path, seconds = run.out / "model.safetensors", {}
+    for stage in STAGES if run.model.clip is not None else STAGES[1:]:
+        part = run.out / f"{stage}.safetensors"
+        if getattr(config, f"{stage}_steps", 1) == 0:
+            continue
+        if not part.exists():
+            path.unlink(missing_ok=True)
+            fill_cache(run) if stage == "cache" else train_stage(run, stage)
+        tensors, metadata = load_weights(part)
+        check_same(part, metadata, run.metadata)
+        run.model.load_state_dict(tensors, strict=False)
+        seconds[stage] = round(metadata["seconds"], 1)
+    if not path.exists():
+        save_weights(path, run.model.state_dict(), {**run.metadata, "seconds": seconds})
+    load_weights(path)
+    print(f"trained in {sum(seconds.values()):.0f} s: {path}")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    config = parse_config(sys.argv[1:] if arguments is None else arguments)
+    """The command line; what a user can get wrong ends in one line and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    config = parse_config(arguments)
     try:
-        run = Run(config)
-        path, seconds = run.out / "model.safetensors", {}
-        for stage in STAGES if run.model.clip is not None else STAGES[1:]:
-            part = run.out / f"{stage}.safetensors"
-            if getattr(config, f"{stage}_steps", 1) == 0:
-                continue
-            if not part.exists():
-                path.unlink(missing_ok=True)
-                fill_cache(run) if stage == "cache" else train_stage(run, stage)
-            tensors, metadata = load_weights(part)
-            check_same(part, metadata, run.metadata)
-            run.model.load_state_dict(tensors, strict=False)
-            seconds[stage] = round(metadata["seconds"], 1)
-        if not path.exists():
-            save_weights(path, run.model.state_dict(), {**run.metadata, "seconds": seconds})
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        with lock(config.out):
+            train_run(config)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise  # not the machine's limit but a mistake of ours
+        print(f"train.py: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
-    print(f"trained in {sum(seconds.values()):.0f} s: {path}")
+    except KeyboardInterrupt:
+        print(f"interrupted; to continue: {shlex.join(['python', 'train.py', *arguments])}")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

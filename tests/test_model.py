@@ -116,15 +116,30 @@ def test_golden_layouts(task):
     assert not learn[1].any()
 
 
-def test_too_long_sequences():
-    """A row beyond `length` is refused with both numbers, or cut at its end if asked."""
-    rows, tokenizer = [[("user", "red"), ("bot", "circle")]], M.Tokenizer([" red", " circle"])
-    ids, learn = M.build_sequences(tokenizer, rows, length=6)
-    assert ids.tolist() == [[M.BOS, M.USER, RED, M.BOT, CIRCLE, M.EOS]]
-    with pytest.raises(ValueError, match="6 tokens, at most 5"):
-        M.build_sequences(tokenizer, rows, length=5)
-    cut = M.build_sequences(tokenizer, rows, length=5, cut=True)
-    assert torch.equal(cut[0], ids[:, :5]) and torch.equal(cut[1], learn[:, :5])
+def test_too_long_texts():
+    """A text beyond `length` is refused with both numbers, or cut at its end and counted."""
+    rows, tokenizer = [[("user", "red circle"), ("queries", None)]], M.Tokenizer([" red"])
+    ids, _ = M.build_sequences(tokenizer, rows, 2, length=8)
+    with pytest.raises(ValueError, match="8 tokens, at most 7"):
+        M.build_sequences(tokenizer, rows, 2, length=7)
+    cut = M.Counter()
+    short, learn = M.build_sequences(tokenizer, rows, 2, 7, cut)
+    assert cut == {"user": 1}
+    body = ids[0, ids[0] != M.PAD].tolist()
+    assert short[0, short[0] != M.PAD].tolist() == [*body[:-3], M.QUERY, M.QUERY]
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=40), length=st.integers(1, 30))
+def test_texts_are_cut_between_characters(text, length):
+    """What is left of any text is its beginning, in whole characters, as long as they fit."""
+    tokenizer, cut = M.Tokenizer([" a"]), M.Counter()
+    ids, learn = M.build_sequences(tokenizer, [[("bot", text)]], 1, length, cut)
+    kept = tokenizer.decode(ids[0])
+    assert text.startswith(kept) and learn.sum() <= length + 1
+    assert cut.total() == (len(tokenizer.encode(text)) > length)
+    if cut:
+        assert len(tokenizer.encode(text[: len(kept) + 1])) > length
 
 
 # ------------------------------------------------------------------------------- building blocks

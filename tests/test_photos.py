@@ -252,7 +252,7 @@ def test_nothing_is_unpacked(tmp_path, monkeypatch):
     )
     prepared = data.prepare_photos(tmp_path / "x.tar", tmp_path / "set")
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    names = ("images.npy", "text.npy", "text_index.npy", "meta.json")
+    names = ("images.npy", "text.npy", "text_index.npy", "meta.json", ".lock")
     assert files == {"x.tar", *(f"set/{name}" for name in names)} and len(prepared) == 3
 
 
@@ -385,7 +385,7 @@ def test_a_folder_that_changed_is_another_source(tmp_path):
 def test_an_unfinished_set_of_other_settings_is_refused(tmp_path, monkeypatch):
     """Rows of two seeds can't mix in one folder, not even after a kill."""
     monkeypatch.setattr(data, "CHUNK", 10)
-    monkeypatch.setattr(np, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(data, "write_array", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         data.prepare_shapes(tmp_path, 20, seed=1)
     with pytest.raises(ValueError, match="'seed': 1"):

@@ -1,11 +1,8 @@
 """Laws of training: schedule, optimiser, what moves, what resumes, what is refused."""
 
 import csv
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -370,13 +367,13 @@ def test_resumed_is_uninterrupted(monkeypatch, micro_run, micro_flags, copy, sta
     def dies(trainer):
         taken.append(trainer.step)
         if taken == [0, 1, 2, 3, 4]:
-            raise KeyboardInterrupt
+            raise GeneratorExit  # nothing of ours catches it
         return update(trainer)
 
     for name in (f"{stage}.safetensors", f"{stage}.csv", "model.safetensors"):
         (copy / name).unlink()
     monkeypatch.setattr(train.Trainer, "update", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(GeneratorExit):
         train.main(command)
     assert not (copy / f"{stage}.safetensors").exists()
     train.main(command)
@@ -395,20 +392,6 @@ def test_strips_change_nothing(micro_run, micro_flags, copy):
     train.main([*micro_flags, "--out", str(copy), "--strip_every", "2"])
     assert len(list(copy.glob("decode-*.png"))) == 3
     ours, theirs = (load_file(run / "decode.safetensors") for run in (copy, micro_run))
-    assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
-
-
-@pytest.mark.long
-def test_killed_runs_finish(micro_run, micro_flags, tmp_path):
-    """A process killed ten times, at any moment, ends with the weights of one left in peace."""
-    command = [sys.executable, train.__file__, *micro_flags, "--out", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    for moment in [*np.random.default_rng(0).uniform(3, 8, 10), 300]:
-        try:
-            subprocess.run(command, env=environment, timeout=moment)
-        except subprocess.TimeoutExpired:
-            continue
-    ours, theirs = (load_file(run / "model.safetensors") for run in (tmp_path, micro_run))
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
 
 
@@ -491,7 +474,14 @@ def test_logs_and_strips(micro_run):
     for stage in TRAINED:
         with open(micro_run / f"{stage}.csv") as file:
             rows = list(csv.DictReader(file))
-        assert list(rows[0]) == ["step", "loss", "rate", "norm", *parts.get(stage, levels)]
+        assert list(rows[0]) == [
+            "step",
+            "loss",
+            "rate",
+            "norm",
+            "skipped",
+            *parts.get(stage, levels),
+        ]
         assert [row["step"] for row in rows] == ["1", "6"]
         assert all(np.isfinite(float(value)) for row in rows for value in row.values())
         strips = sorted(micro_run.glob(f"{stage}-*.png"))
