@@ -270,7 +270,7 @@ def evaluate_run(studio: Studio, path: Path, seed: int, count: int) -> None:
     threads = f"{torch.get_num_threads()} threads"
     scores["machine"] = f"{platform.machine()}, {threads}, {studio.device}"
     text = json.dumps(scores, indent=2)
-    write_whole(target, lambda temporary: temporary.write_text(text))
+    data.write_whole(target, lambda temporary: temporary.write_text(text))
     print(text, f"\n{target}")
 
 
