@@ -784,6 +784,7 @@ def prepare_photos(
     names = [[os.path.basename(path), fingerprint(path)] for path in paths]
     settings = {"kind": "photos", "sources": names, "size": size, "tower": tower, "tokens": tokens}
     settings["weights"] = weights and str(weights)
+    settings["weights_of"] = fingerprint(weights) if os.path.isfile(weights or "") else None
     if tower:
         require(getattr(torch, device).is_available(), f"--device {device}: no such device here")
         model, facts = open_tower(tower, tokens, weights)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import data
 import model as M
 from data import require
-from train import DESCRIBE, load_model
+from train import DESCRIBE, best_device, load_model
 
 HERE = Path(__file__).parent
 BATCH = 128  # rows at once: bounds the memory, changes no picture
@@ -66,7 +66,7 @@ class Studio:
     def __init__(self, path: Path, flow: dict, paint: dict):
         """flow and paint: steps and guidance of the flow head and of the decoder."""
         self.net, self.tokenizer, self.config, self.facts = load_model(path)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(best_device())
         self.net.to(self.device)
         self.cut = None  # a Counter: texts that are too long are cut and counted, not refused
         self.flow, self.paint_options = flow, paint
@@ -222,8 +222,9 @@ def evaluate_understanding(studio: Studio, dataset, limit: int = 500) -> dict:
 def evaluate_photos(studio: Studio, dataset, run: Path, seed: int) -> dict:
     """Do vectors made from validation captions look like their class, and pictures like pictures?
 
-    The class is a caption's last word; a vector belongs to the class with the nearest mean. The
-    reconstruction's baseline is the training picture with the nearest vectors.
+    The class is a caption's last word, where at least 20 training captions share it; a vector
+    belongs to the class with the nearest mean. The reconstruction's baseline is the training
+    picture with the nearest vectors.
     """
     features = np.load(run.parent / "features.npy", mmap_mode="r")
     train, val = dataset.train_ids[:5000], dataset.val_ids
@@ -231,20 +232,23 @@ def evaluate_photos(studio: Studio, dataset, run: Path, seed: int) -> dict:
     captions = [dataset.texts(i)["caption"] for i in val]
     words = np.array([dataset.texts(i)["caption"].split()[-1] for i in train])
     classes = [word for word, n in Counter(words.tolist()).most_common(100) if n >= 20]
+    images, seeds = dataset.images[val], [seed * 1_000_000 + i for i in range(len(val))]
+    nearest = dataset.images[train[torch.cdist(truth, known).argmin(1).numpy()]]
+    scores = {
+        "psnr_reconstruction": psnr(images, studio.paint(studio.see(images), seeds)),
+        "psnr_nearest_neighbour": psnr(images, nearest),
+    }
+    if not classes:  # captions of free text, or few of them
+        return scores
     means = torch.stack([known[torch.from_numpy(words == word)].mean(0) for word in classes])
 
     def accuracy(vectors: Tensor) -> float:
         nearest = torch.cdist(vectors.cpu().flatten(1), means).argmin(1).tolist()
         return float(np.mean([classes[n] == c.split()[-1] for n, c in zip(nearest, captions)]))
 
-    images, seeds = dataset.images[val], [seed * 1_000_000 + i for i in range(len(val))]
-    nearest = dataset.images[train[torch.cdist(truth, known).argmin(1).numpy()]]
-    return {
-        "class_accuracy_real": accuracy(truth),
-        "class_accuracy_generated": accuracy(studio.imagine(captions, seeds)),
-        "psnr_reconstruction": psnr(images, studio.paint(studio.see(images), seeds)),
-        "psnr_nearest_neighbour": psnr(images, nearest),
-    }
+    scores["class_accuracy_real"] = accuracy(truth)
+    scores["class_accuracy_generated"] = accuracy(studio.imagine(captions, seeds))
+    return scores
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -176,12 +176,14 @@ def parse_config(arguments: list[str]) -> Config:
 # ----------------------------------------------------------------------- machine and files of a run
 
 
+def best_device() -> str:
+    mps = torch.backends.mps.is_available()
+    return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+
+
 def resolve_machine(c: Config) -> tuple[torch.device, torch.dtype | None, bool]:
     """Where and how to compute: device, autocast dtype (None is fp32), compile; printed."""
-    device = c.device
-    if device == "auto":
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    device = best_device() if c.device == "auto" else c.device
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no such device here, expected cpu or auto")
     # a card below 8.0 says yes to bf16 and emulates it; a CPU pays for it without AMX

@@ -572,6 +572,19 @@ def test_features_lie_beside_the_pictures(small, tmp_path):
     assert np.allclose(prepared.features[2], expected.numpy(), atol=0.01)
 
 
+def test_other_weights_in_the_same_file_are_noticed(small, tmp_path):
+    """Features of weights that were replaced are never reused."""
+    name, weights = "vit_tiny_patch16_224", tmp_path / "x.safetensors"
+    tower, _ = data.open_tower(name, 16, "untrained")
+    shard(tmp_path / "0.tar", 0, 4)
+    arguments = (tmp_path / "0.tar", tmp_path / "set", 16, name, 16, weights)
+    save_file(tower.model.state_dict(), weights)
+    data.prepare_photos(*arguments)
+    save_file({k: v + 1 for k, v in tower.model.state_dict().items()}, weights)
+    with pytest.raises(ValueError, match="prepared with other settings"):
+        data.prepare_photos(*arguments)
+
+
 def test_reading_is_bounded_in_memory(tmp_path):
     """A file beyond the cap is cut while it is read, and its sample dropped by reason."""
     with open(tmp_path / "1.jpg", "wb") as file:

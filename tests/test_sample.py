@@ -174,6 +174,15 @@ def test_photo_scores_on_a_run(studio, micro_run):
     assert scores["psnr_nearest_neighbour"] > 5 and scores["psnr_reconstruction"] > 0
 
 
+def test_photos_without_classes_have_no_class_accuracy(studio, micro_run, monkeypatch):
+    """Captions of free text: no last word is common, and the other scores still stand."""
+    dataset = data.PreparedSet(studio.config.data)
+    dataset.val_ids = dataset.val_ids[:4]
+    monkeypatch.setattr(dataset, "texts", lambda i: {"caption": f"word{i}"})
+    scores = sample.evaluate_photos(studio, dataset, micro_run / "model.safetensors", 0)
+    assert set(scores) == {"psnr_reconstruction", "psnr_nearest_neighbour"}
+
+
 # -------------------------------------------------------------------------------------- scores
 
 
