@@ -118,7 +118,7 @@ class Studio:
     def open(self, path: str) -> np.ndarray:
         """A picture file as the model takes it: (1, S, S, 3) uint8."""
         try:
-            image = data.decode_image(data.head(path))
+            image = data.decode_image(data.head(open(path, "rb")))
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: no readable picture ({error})") from None
         return np.array(data.square(image, self.facts["side"]))[None]

@@ -326,7 +326,7 @@ def test_preparing_resumes_bytewise_the_same(tmp_path, monkeypatch, kind, kill):
     monkeypatch.setattr(data, "write_json", die)
     with pytest.raises(KeyboardInterrupt):
         prepare(out=tmp_path / "killed")
-    with pytest.raises(ValueError, match="is not a prepared set"):
+    with pytest.raises(ValueError, match="is not a finished set"):
         data.PreparedSet(tmp_path / "killed")
     with open(tmp_path / "killed/images.raw", "ab") as torn:
         torn.write(b"half a row")
