@@ -137,7 +137,7 @@ def test_any_text_trains(studio, texts):
     for caption, question, answer in texts:
         entry = {"caption": caption, "clean": None, "qa": [[question, answer]]}
         rows.append(train.understanding_row(entry, np.random.default_rng(0)))
-    ids, learn = M.build_sequences(studio.tokenizer, rows, 64, limit, cut)
+    ids, learn = M.build_sequences(studio.tokenizer, rows, length=limit, cut=cut)
     assert ids.shape == learn.shape and ids.shape[1] <= 64 + 5 * (limit + 3) + 16
     long = sum(len(studio.tokenizer.encode(text or "")) > limit for row in rows for _, text in row)
     assert cut.total() == long and 0 <= ids.min() and ids.max() < len(studio.tokenizer)

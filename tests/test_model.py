@@ -119,11 +119,11 @@ def test_golden_layouts(task):
 def test_too_long_texts():
     """A text beyond `length` is refused with both numbers, or cut at its end and counted."""
     rows, tokenizer = [[("user", "red circle"), ("queries", None)]], M.Tokenizer([" red"])
-    ids, _ = M.build_sequences(tokenizer, rows, 2, length=8)
+    ids, _ = M.build_sequences(tokenizer, rows, queries=2, length=8)
     with pytest.raises(ValueError, match="8 tokens, at most 7"):
-        M.build_sequences(tokenizer, rows, 2, length=7)
+        M.build_sequences(tokenizer, rows, queries=2, length=7)
     cut = M.Counter()
-    short, learn = M.build_sequences(tokenizer, rows, 2, 7, cut)
+    short, learn = M.build_sequences(tokenizer, rows, queries=2, length=7, cut=cut)
     assert cut == {"user": 1}
     body = ids[0, ids[0] != M.PAD].tolist()
     assert short[0, short[0] != M.PAD].tolist() == [*body[:-3], M.QUERY, M.QUERY]
@@ -134,7 +134,7 @@ def test_too_long_texts():
 def test_texts_are_cut_between_characters(text, length):
     """What is left of any text is its beginning, in whole characters, as long as they fit."""
     tokenizer, cut = M.Tokenizer([" a"]), M.Counter()
-    ids, learn = M.build_sequences(tokenizer, [[("bot", text)]], 1, length, cut)
+    ids, learn = M.build_sequences(tokenizer, [[("bot", text)]], length=length, cut=cut)
     kept = tokenizer.decode(ids[0])
     assert text.startswith(kept) and learn.sum() <= length + 1
     assert cut.total() == (len(tokenizer.encode(text)) > length)
