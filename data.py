@@ -719,10 +719,9 @@ class PreparedSet:
 
     def __init__(self, folder):
         self.folder, path = folder, Path(folder) / "meta.json"
-        require(path.is_file(), f"{folder} is not a prepared set: run data.py first")
-        self.meta = read_json(path)
+        self.meta = read_json(path) if path.is_file() else {}
         finished = self.meta.get("version") == FORMAT
-        require(finished, f"{folder} is not a finished set of format {FORMAT}: run data.py again")
+        require(finished, f"{folder} is not a finished set of format {FORMAT}: run data.py first")
         maps = {name: open_array(path.with_name(f"{name}.npy")) for name in self.meta["arrays"]}
         self.images, self._text, self._ends = maps["images"], maps["text"], maps["text_index"]
         self.features = maps.get("features")
@@ -843,7 +842,7 @@ def command_line(about, arguments, limits, function=None, **commands):
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "interrupted: the same command continues\n")
+        parser.exit(130, f"interrupted{'' if function else ': the same command continues'}\n")
 
 
 def main(arguments=None):
