@@ -731,7 +731,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"train.py: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"interrupted; to continue: {shlex.join(['python', 'train.py', *arguments])}")
+        command = shlex.join(["python", "train.py", *arguments])
+        print(f"interrupted; to continue: {command}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -8,7 +8,9 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -32,13 +34,12 @@ def command(micro_flags, copy):
 
 def ended(capsys, call, arguments, code=2):
     """What a command that ends with this exit code says: the last line."""
-    with pytest.raises(SystemExit) as stop:
+    program = mock.patch.object(sys, "argv", [f"{call.__module__}.py"])
+    with program, pytest.raises(SystemExit) as stop:
         call(arguments)
-    told = capsys.readouterr()
-    assert stop.value.code == code
-    lines = (told.err if code == 2 else told.out).splitlines()
-    assert "Traceback" not in told.err
-    return lines[-1]
+    told = capsys.readouterr().err
+    assert stop.value.code == code and "Traceback" not in told
+    return told.splitlines()[-1]
 
 
 def forget(folder, stage):
