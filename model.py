@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 import timm
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 # ------------------------------------------------------------------------------------------ text
@@ -377,18 +377,15 @@ def flow_loss(
     dit: nn.Module,
     x: Tensor,
     cond: Tensor,
-    draws: int = 1,
     shift: float = 1.0,
     noise: Tensor | None = None,
     t: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Flow matching (paper, section 3.2): the mean of |velocity(x_t) - (x - noise)|^2.
 
-    x_t = (1 - t) noise + t x: data, condition (P, M, L) -> losses (B,), times (B,). Data are
-    (P, N, C), each drawn `draws` times, or already (B, N, C); noise (B, N, C) and t (B,) are drawn
-    unless given.
+    x_t = (1 - t) noise + t x: data (B, N, C), condition (P, M, L) -> losses (B,), times (B,).
+    noise (B, N, C) and t (B,) are drawn unless given.
     """
-    x = repeat(x, "p n c -> (p k) n c", k=draws)
     if noise is None:
         noise = torch.randn_like(x)
     if t is None:
@@ -676,7 +673,7 @@ class Unified(nn.Module):
         target = ids[:, 1:].masked_fill(~learn[:, 1:], -100)
         return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten())
 
-    def query_states(self, ids: Tensor, vectors: Tensor | None = None) -> Tensor:
+    def query_states(self, ids: Tensor) -> Tensor:
         """States at the queries, which end every row: (P, T) -> (P, M, D).
 
         The frozen prefix needs no gradient: it is read once into the caches, and the queries,
@@ -685,28 +682,17 @@ class Unified(nn.Module):
         count = len(self.queries)
         caches, valid = self.trunk.new_caches(), ids != PAD
         with torch.no_grad():
-            self.trunk(self.embed(ids[:, :-count], vectors), valid[:, :-count], caches)
+            self.trunk(self.embed(ids[:, :-count]), valid[:, :-count], caches)
         return self.trunk(self.queries.expand(len(ids), -1, -1), valid, caches)
 
     @torch.no_grad()
-    def write(
-        self,
-        ids: Tensor,
-        vectors: Tensor | None = None,
-        limit: int = 64,
-        temperature: float = 0.0,
-        generator: torch.Generator | None = None,
-    ) -> list[list[int]]:
+    def write(self, ids: Tensor, vectors: Tensor | None = None, limit: int = 64) -> list[list[int]]:
         """Continues rows (B, T) that end in an open <bot> until <eos> or `limit` tokens."""
         caches, valid = self.trunk.new_caches(), ids != PAD
         x, written, done = self.embed(ids, vectors), [], torch.zeros(len(ids), dtype=torch.bool)
         for _ in range(limit):
             logits = self.head(self.trunk(x, valid, caches)[:, -1]).float().cpu()  # (B, V)
-            token = logits.argmax(-1)
-            if temperature > 0:
-                chances = (logits / temperature).softmax(-1)
-                token = torch.multinomial(chances, 1, generator=generator)[:, 0]
-            token = token.masked_fill(done, PAD)
+            token = logits.argmax(-1).masked_fill(done, PAD)
             done |= token == EOS
             written.append(token.masked_fill(done, PAD))
             if done.all():
