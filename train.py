@@ -625,8 +625,6 @@ def train_stage(run: Run, stage: str) -> None:
     run.cut.clear()
     facts = {**run.metadata, "seconds": trainer.seconds, "validation_loss": float(np.mean(held))}
     save_weights(run.out / f"{stage}.safetensors", trainer.averages, facts)
-    for file in run.out.glob(f"{stage}.partial*"):
-        file.unlink()
 
 
 def write_log(path: Path, rows: list[dict]) -> None:
@@ -711,6 +709,8 @@ def train_run(config: Config) -> None:
         tensors, metadata = load_weights(part)
         check_same(part, metadata, run.metadata)
         run.model.load_state_dict(tensors, strict=False)
+        for file in run.out.glob(f"{stage}.partial*"):  # here, for a kill before it
+            file.unlink()
         seconds[stage] = round(metadata["seconds"], 1)
     if not path.exists():
         save_weights(path, run.model.state_dict(), {**run.metadata, "seconds": seconds})

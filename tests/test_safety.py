@@ -102,6 +102,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     assert_same_ending(copy, micro_run)
 
 
+def test_a_kill_just_behind_a_stage_leaves_no_checkpoint(micro_run, command, copy):
+    """Weights were saved, their checkpoints not yet deleted: the next run does it."""
+    (copy / "vae.partial").write_bytes(b"")
+    train.main(command)
+    assert bytes_of(copy).keys() == bytes_of(micro_run).keys()
+
+
 @DAMAGED
 def test_two_damaged_checkpoints_start_the_stage_again(
     monkeypatch, capsys, micro_run, command, copy, damage
