@@ -18,7 +18,7 @@ import re
 import tarfile
 import zlib
 from collections import Counter, namedtuple
-from itertools import cycle, groupby, islice, permutations, product
+from itertools import chain, cycle, groupby, islice, pairwise, permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -467,7 +467,7 @@ def open_tower(name, tokens=64, weights=None):
 
 KINDS = {"txt": "txt"} | dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image")
 MAX_BYTES, MAX_PIXELS = 64 * 2**20, 40_000_000
-MAX_CAPTION = 2**16  # bytes
+MAX_CAPTION, MAX_ROW = 2**16, 2**17  # bytes; a row of a table is a caption and a path
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # EPS would start Ghostscript
 MIN_SIDE, MAX_ASPECT = 8, 3  # px; the longer side divided by the shorter
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit and its warning: ours is lower
@@ -510,6 +510,17 @@ def head(file):
         return file.read(MAX_BYTES + 1)
 
 
+class Header(tarfile.TarInfo):
+    """A header of a tar; ReadError if it is a long name or the like, which is read whole."""
+
+    @classmethod
+    def frombuf(cls, *arguments):
+        member = super().frombuf(*arguments)
+        if member.type in b"xgXLK" and member.size > MAX_ROW:
+            raise tarfile.ReadError
+        return member
+
+
 def entries(path):
     """(name, bytes cut beyond MAX_BYTES) of each file in a tar, a table's rows or a folder."""
     if os.path.isdir(path):
@@ -517,23 +528,25 @@ def entries(path):
         yield from ((str(file), head(file.open("rb"))) for file in files)
     elif path.endswith(".tsv"):
         with open(path, "rb") as table:  # not csv, which merges rows that begin with a quote
-            for number, line in enumerate(table):
+            rows = iter(lambda: table.readline(MAX_ROW), b"")
+            for number, (before, line) in enumerate(pairwise(chain([b"\n"], rows))):
+                if not before.endswith(b"\n"):
+                    continue  # the rest of a row that is too long
                 caption, _, name = line.rstrip(b"\r\n").partition(b"\t")
                 image = Path(path).parent / os.fsdecode(name)
                 yield f"{number}.txt", caption
-                if image.is_file():
+                if os.path.isfile(image):
                     yield f"{number}{image.suffix}", head(image.open("rb"))
     else:
-        with tarfile.open(path, "r|*") as shard:
+        with tarfile.open(path, "r|*", tarinfo=Header) as shard:
             for member in filter(tarfile.TarInfo.isfile, shard):
                 shard.members = []  # tarfile remembers every member otherwise
                 data = head(shard.extractfile(member))
                 if len(data) < min(member.size, MAX_BYTES + 1):
                     raise EOFError
                 yield member.name, data
-        # tarfile takes a cut within a header for the end
-        if path.endswith(".tar") and np.memmap(path, mode="r")[-512:].any():
-            raise EOFError
+            if shard.fileobj.read(512) != bytes(512):  # tarfile takes a broken header for the end
+                raise EOFError
 
 
 def members(path, dropped):
@@ -543,7 +556,7 @@ def members(path, dropped):
             stem, _, ending = os.path.basename(name).partition(".")
             if stem and ending.lower() in KINDS:
                 yield os.path.join(os.path.dirname(name), stem), KINDS[ending.lower()], data
-    except (tarfile.TarError, EOFError, OSError, zlib.error):
+    except Exception:  # tarfile raises nearly anything on broken headers
         dropped["truncated shard"] += 1
 
 
@@ -567,9 +580,10 @@ def read_samples(sources, dropped):
     for path in expand_sources(sources):
         seen = set()
         for key, group in groupby(members(path, dropped), key=lambda member: member[0]):
-            files = [member[1:] for member in group]
-            parts = dict(reversed(files))  # the first of each kind
-            dropped.update(["duplicate key"] * (len(files) - len(parts)))
+            parts = {}
+            for _, kind, raw in group:  # thousands of one name must not be held at once
+                dropped.update(["duplicate key"] * (kind in parts))
+                parts.setdefault(kind, raw)
             try:
                 require(key not in seen, "duplicate key")
                 yield key, *open_sample(parts)

@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_photos import encoded, photo
+from test_photos import SOUND, encoded, photo
 
 import data
 import model as M
@@ -251,9 +251,6 @@ def shards(draw):
     return bytes(raw[: draw(st.sampled_from([len(raw), len(raw), draw(st.integers(0, len(raw)))]))])
 
 
-SOUND = photo()
-
-
 def utf8(text):
     return text.encode("utf-8", "surrogatepass")
 
@@ -269,6 +266,30 @@ def test_any_shard_is_read(tmp_path_factory, raw):
         assert image.mode == "RGB" and caption and caption == " ".join(caption.split())
     assert all("\n" not in reason for reason in dropped)
     shutil.rmtree(path.parent)
+
+
+ROWS = st.lists(
+    st.one_of(
+        st.binary(max_size=60),
+        st.tuples(TEXT.map(utf8), st.sampled_from([b"0.jpg", b"", b".", b"x/0.jpg", b"0.jpg\0"])),
+        st.tuples(st.binary(max_size=30), st.integers(0, 10**5).map(lambda n: b"n" * n + b".jpg")),
+    ).map(lambda row: row if isinstance(row, bytes) else b"\t".join(row)),
+    max_size=6,
+)
+
+
+@cases(0.2)
+@given(rows=ROWS, end=st.sampled_from([b"\n", b"\r\n", b"\r"]))
+@example(rows=[b"a\t" + b"n" * 300 + b".jpg", b"b\t0.jpg"], end=b"\n")
+def test_any_table_is_read(tmp_path_factory, rows, end):
+    """Rows with a sound picture come out, each other row is one that is counted."""
+    folder = tmp_path_factory.getbasetemp() / "table"
+    folder.mkdir(exist_ok=True)
+    (folder / "0.jpg").write_bytes(SOUND)
+    (folder / "x.tsv").write_bytes(end.join(rows))
+    dropped = Counter()
+    samples = list(data.read_samples(str(folder / "x.tsv"), dropped))
+    assert len(samples) + dropped.total() == sum(1 for _ in open(folder / "x.tsv", "rb"))
 
 
 @cases(0.08)

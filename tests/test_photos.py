@@ -1,11 +1,13 @@
 """Real photos: every broken input, prepared sets that resume, and the image towers."""
 
+import gzip
 import io
 import json
 import os
 import re
 import struct
 import tarfile
+import tracemalloc
 import zlib
 from collections import Counter
 from functools import partial
@@ -35,6 +37,9 @@ def photo(seed=0, size=(40, 32), kind="JPEG"):
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (size[1], size[0], 3), np.uint8)
     return encoded(Image.fromarray(pixels), kind)
+
+
+SOUND = photo()
 
 
 def write_tar(path, files):
@@ -196,6 +201,34 @@ def test_a_truncated_tar_keeps_what_is_whole(tmp_path, where):
     assert dropped == {"truncated shard": 1, "missing image": 1}
 
 
+def test_a_truncated_tar_gz_is_counted(tmp_path):
+    """Wherever it is cut: within the packed bytes, or packed from a tar that was cut before."""
+    files = [(f"{i}.{kind}", photo(i)) for i in range(2) for kind in ("jpg", "txt")]
+    raw = write_tar(tmp_path / "x.tar", files).read_bytes()
+    packed, path = gzip.compress(raw), tmp_path / "x.tar.gz"
+    ends = [gzip.compress(raw[:end]) for end in range(0, len(raw.rstrip(bytes(1))), 512)]
+    for cut in [packed[:end] for end in range(0, len(packed) - 50, 97)] + ends:
+        path.write_bytes(cut)
+        assert read(path)[1]["truncated shard"] == 1
+    path.write_bytes(packed)
+    assert "truncated shard" not in read(path)[1]
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_a_flipped_header_loses_nothing_in_silence(tmp_path, ending):
+    """tarfile takes a header whose checksum is wrong for the end: the rest is counted as lost."""
+    files = [(f"{i}.{kind}", x) for i in range(3) for kind, x in (("txt", b"x"), ("jpg", SOUND))]
+    path = write_tar(tmp_path / "x.tar", files)
+    with tarfile.open(path) as shard:
+        at = shard.getmember("1.txt").offset + 5
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path = tmp_path / f"y.tar{ending}"
+    path.write_bytes(gzip.compress(raw) if ending else raw)
+    samples, dropped = read(path)
+    assert [key for key, *_ in samples] == ["0"] and dropped == {"truncated shard": 1}
+
+
 def test_what_is_no_tar_is_counted(tmp_path):
     """Random bytes and an empty file called .tar are lost shards, not crashes."""
     (tmp_path / "0.tar").write_bytes(bytes(range(256)) * 8)
@@ -218,6 +251,16 @@ def test_a_table_keeps_rows_that_begin_with_a_quote(tmp_path):
     samples, dropped = read(tmp_path / "x.tsv")
     assert [caption for *_, caption in samples] == ['"quoted', 'a "b" c', "whole"]
     assert dropped == {"missing image": 2}
+
+
+def test_a_row_that_is_too_long_is_one_that_is_dropped(tmp_path):
+    """Its rest is no row of its own, whatever it looks like; the rows around it are read."""
+    (tmp_path / "0.jpg").write_bytes(SOUND)
+    for lost in (b"x" * data.MAX_ROW + b"\t0.jpg", b"y\t" + b"./" * data.MAX_ROW + b"0.jpg"):
+        (tmp_path / "x.tsv").write_bytes(b"a\t0.jpg\n" + lost + b"\nb\t0.jpg")
+        samples, dropped = read(tmp_path / "x.tsv")
+        assert [caption for *_, caption in samples] == ["a", "b"]
+        assert dropped == {"missing image": 1}
 
 
 def test_a_folder_is_a_source(tmp_path):
@@ -592,3 +635,40 @@ def test_reading_is_bounded_in_memory(tmp_path):
     (tmp_path / "1.txt").write_text("large")
     samples, dropped = read(tmp_path)
     assert not samples and dropped == {"file over 64 MB": 1}
+
+
+def peak(path):
+    """The most bytes that Python held while all samples were read; and what was dropped."""
+    tracemalloc.start()
+    samples, dropped = read(path)
+    assert not samples
+    highest = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return highest, dropped
+
+
+def test_a_table_without_line_ends_is_bounded_in_memory(tmp_path):
+    """256 MB without a line's end are one row that is dropped."""
+    with open(tmp_path / "x.tsv", "wb") as file:
+        os.truncate(file.fileno(), 2**28)
+    highest, dropped = peak(tmp_path / "x.tsv")
+    assert dropped == {"missing image": 1} and highest < 4e6
+
+
+def test_many_files_of_one_name_are_bounded_in_memory(tmp_path):
+    """A hundred of 1 MB: the first is held, the others are counted."""
+    write_tar(tmp_path / "x.tar", [("1.jpg", bytes(2**20))] * 100)
+    highest, dropped = peak(tmp_path / "x.tar")
+    assert dropped == {"duplicate key": 99, "missing caption": 1}
+    assert highest < data.MAX_BYTES + 20e6
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_a_long_name_is_bounded_in_memory(tmp_path, kind):
+    """A header that says 100 MB of name follow ends the shard; tarfile would read them."""
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz", compresslevel=1) as shard:
+        info = tarfile.TarInfo("name")
+        info.size, info.type = 10**8, kind
+        shard.addfile(info, io.BytesIO(bytes(10**8)))
+    highest, dropped = peak(tmp_path / "x.tar.gz")
+    assert dropped == {"truncated shard": 1} and highest < 20e6
