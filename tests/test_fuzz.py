@@ -1,6 +1,7 @@
 """Any input gives a result, or one line and exit code 2 that names it: hypothesis tries."""
 
 import functools
+import gzip
 import io
 import json
 import shutil
@@ -227,10 +228,21 @@ def test_any_picture_file_is_captioned_or_named(capsys, micro_run, tmp_path, raw
 # ---------------------------------------------------------------------------------------- shards
 
 
+STRANGE = [getattr(tarfile, kind) for kind in ("SYMTYPE", "DIRTYPE", "XHDTYPE", "XGLTYPE")]
+STRANGE += [getattr(tarfile, f"GNUTYPE_{kind}") for kind in ("SPARSE", "LONGNAME", "LONGLINK")]
+
+
 @st.composite
 def shards(draw):
-    """A tar of members of every kind, sound and broken, in any order; perhaps damaged itself."""
-    buffer, keys = io.BytesIO(), st.sampled_from(["a", "b", "../c", "/d", "e/f", "", ".", "g\n"])
+    """A tar of members of every kind, sound and broken, in any order; perhaps damaged itself.
+
+    -> bytes, whether packed with gzip, whether undamaged.
+    """
+    buffer, sound, keys = (
+        io.BytesIO(),
+        True,
+        st.sampled_from(["a", "b", "../c", "/d", "e/f", "", ".", "g\n"]),
+    )
     captions = st.one_of(st.just(b"a cat"), st.binary(max_size=30), TEXT.map(utf8))
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for _ in range(draw(st.integers(0, 8))):
@@ -240,15 +252,17 @@ def shards(draw):
             )
             info = tarfile.TarInfo(f"{draw(keys)}.{ending}")
             info.size = len(raw)
-            info.type = draw(
-                st.sampled_from([tarfile.REGTYPE] * 8 + [tarfile.SYMTYPE, tarfile.DIRTYPE])
-            )
+            info.type = draw(st.sampled_from([tarfile.REGTYPE] * 12 + STRANGE))
+            sound &= info.type == tarfile.REGTYPE
             info.linkname = "/etc/passwd"
             tar.addfile(info, io.BytesIO(raw))
-    raw = bytearray(buffer.getvalue())
+    whole, packed = buffer.getvalue(), draw(st.booleans())
+    whole = gzip.compress(whole, 1, mtime=0) if packed else whole
+    raw = bytearray(whole)
     for at in draw(st.lists(st.integers(0, len(raw) - 1), max_size=2)):
         raw[at] = draw(st.integers(0, 255))
-    return bytes(raw[: draw(st.sampled_from([len(raw), len(raw), draw(st.integers(0, len(raw)))]))])
+    raw = raw[: draw(st.sampled_from([len(raw), len(raw), draw(st.integers(0, len(raw)))]))]
+    return bytes(raw), packed, sound and raw == whole
 
 
 def utf8(text):
@@ -256,15 +270,17 @@ def utf8(text):
 
 
 @cases(0.4)
-@given(raw=shards())
-def test_any_shard_is_read(tmp_path_factory, raw):
-    """Sound samples come out, the rest is counted, and all of it is accounted for."""
-    path = tmp_path_factory.mktemp("shard") / "x.tar"
+@given(shard=shards())
+def test_any_shard_is_read(tmp_path_factory, shard):
+    """Sound samples come out, the rest is counted; what is whole is not called truncated."""
+    raw, packed, whole = shard
+    path = tmp_path_factory.mktemp("shard") / f"x.tar{'.gz' * packed}"
     path.write_bytes(raw)
     dropped = Counter()
     for _, image, caption in data.read_samples(str(path), dropped):
         assert image.mode == "RGB" and caption and caption == " ".join(caption.split())
     assert all("\n" not in reason for reason in dropped)
+    assert not (whole and "truncated shard" in dropped)
     shutil.rmtree(path.parent)
 
 
@@ -293,11 +309,11 @@ def test_any_table_is_read(tmp_path_factory, rows, end):
 
 
 @cases(0.08)
-@given(raws=st.lists(shards(), min_size=1, max_size=2))
-def test_any_shards_are_prepared_or_named(capsys, tmp_path_factory, raws):
+@given(drawn=st.lists(shards(), min_size=1, max_size=2))
+def test_any_shards_are_prepared_or_named(capsys, tmp_path_factory, drawn):
     """A set with what is sound, or one line that says what was dropped."""
     folder = tmp_path_factory.mktemp("shards")
-    for i, raw in enumerate(raws):
+    for i, (raw, *_) in enumerate(drawn):
         (folder / f"{i}.tar").write_bytes(raw)
     arguments = ["photos", f"{folder}/*.tar", "--out", f"{folder}/set", "--size", "16"]
     if outcome(capsys, data.main, arguments, "no usable sample"):

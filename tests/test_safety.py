@@ -455,6 +455,16 @@ def footprint():
     return own, len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_the_footprint_sees_a_leak(tmp_path):
+    """50 MB and a file that stay are seen."""
+    memory, files = footprint()
+    held = [torch.ones(2**17) for _ in range(100)]
+    with open(tmp_path / "x", "w"):
+        more, opened = footprint()
+    assert opened == files + 1 and 50e6 < more - memory < 60e6 and held
+
+
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
 @pytest.mark.parametrize("stage", ["clip", "understand", "generate", "decode"])
