@@ -386,8 +386,7 @@ def flow_loss(
     x_t = (1 - t) noise + t x: data (B, N, C), condition (P, M, L) -> losses (B,), times (B,).
     noise (B, N, C) and t (B,) are drawn unless given.
     """
-    if noise is None:
-        noise = torch.randn_like(x)
+    noise = torch.randn_like(x) if noise is None else noise
     if t is None:
         t = shift_time(spread_times(len(x), len(x) // len(cond), x.device), shift)
     x_t = torch.lerp(noise, x, t[:, None, None])
@@ -419,7 +418,6 @@ def sample_flow(
     dit: nn.Module,
     noise: Tensor,
     cond: Tensor,
-    null: Tensor | None = None,
     steps: int = 10,
     guidance: float = 1.0,
     shift: float = 1.0,
@@ -427,16 +425,15 @@ def sample_flow(
 ) -> Tensor:
     """Integrates dx/dt = velocity from t = 0 to t = 1: noise (B, N, C), cond (B, M, L) -> data.
 
-    Guidance is u + s (c - u) with u under the `null` condition (zeros if None); s = 1 is off and
-    costs nothing. Heun takes two evaluations a step, and one at the last, where t = 1 - step.
+    Guidance is u + s (c - u) with u under the condition zero; s = 1 is off and costs nothing. Heun
+    takes two evaluations a step, and one at the last, where t = 1 - step.
     """
-    null = torch.zeros_like(cond) if null is None else null
 
     def field(x: Tensor, t: Tensor) -> Tensor:
         t = t.expand(len(x))
         if guidance == 1:
             return velocity(dit, x, t, cond)
-        both = velocity(dit, torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, null]))
+        both = velocity(dit, torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, 0 * cond]))
         c, u = both.chunk(2)  # two of (B, N, C)
         return u + guidance * (c - u)
 

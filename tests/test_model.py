@@ -401,20 +401,17 @@ def test_order_of_the_sampler(heun, order, shift, rate):
 
 
 def test_guidance():
-    """On constant fields the end is noise + u + s (c - u), u from `null`, else from zeros."""
-    net, noise, ones = Field(lambda x, t, cond: cond), torch.randn(2, 4, 3), torch.ones(2, 4, 3)
+    """On constant fields the end is noise + u + s (c - u), u under zeros."""
+    net, noise, ones = Field(lambda x, t, cond: cond + 2), torch.randn(2, 4, 3), torch.ones(2, 4, 3)
     for s in (0.0, 2.0, 5.0):
-        close(M.sample_flow(net, noise, 3 * ones, guidance=s), noise + 3 * s)
-        end = M.sample_flow(net, noise, 3 * ones, null=2 * ones, guidance=s)
-        close(end, noise + 2 + s * (3 - 2))
+        close(M.sample_flow(net, noise, 3 * ones, guidance=s), noise + 2 + s * (5 - 2))
 
 
 @pytest.mark.parametrize("heun, calls", [(False, 5), (True, 9)])
 def test_guidance_one_is_none(heun, calls):
-    """Guidance 1 never looks at the null condition: one row each, one call for a stage."""
+    """Guidance 1 never looks at the condition zero: one row each, one call for a stage."""
     net, noise = Field(lambda x, t, cond: cond), torch.zeros(2, 4, 3)
-    null = torch.full_like(noise, torch.nan)
-    close(M.sample_flow(net, noise, noise + 3, null, steps=5, heun=heun), noise + 3)
+    close(M.sample_flow(net, noise, noise + 3, steps=5, heun=heun), noise + 3)
     assert net.calls == [2] * calls
     net.calls.clear()
     M.sample_flow(net, noise, noise, steps=5, guidance=2.0, heun=heun)
