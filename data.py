@@ -15,6 +15,7 @@ import math
 import os
 import random
 import re
+import sys
 import tarfile
 import zlib
 from collections import Counter, namedtuple
@@ -799,7 +800,8 @@ def prepare_photos(
     settings["weights"] = weights and str(weights)
     settings["weights_of"] = fingerprint(weights) if os.path.isfile(weights or "") else None
     if tower:
-        require(getattr(torch, device).is_available(), f"--device {device}: no such device here")
+        usable = device in ("cpu", "cuda", "mps") and getattr(torch, device).is_available()
+        require(usable, f"--device {device}: no such device here")
         model, facts = open_tower(tower, tokens, weights)
         model.to(device)
         settings |= facts
@@ -839,6 +841,7 @@ def add_flags(parser, function):
 
 def command_line(about, arguments, limits, function=None, **commands):
     """Calls `function` or the command that is named; what is wrong ends in one line and code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # paths and answers may hold any character
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=about, formatter_class=style)
     if function:

@@ -11,7 +11,6 @@ Without --run the newest finished run below out/ is used, else the weights that 
 import json
 import math
 import platform
-import sys
 import time
 from collections import Counter, defaultdict
 from functools import partial
@@ -335,7 +334,6 @@ def run_tasks(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    sys.stdout.reconfigure(errors="backslashreplace")  # answers may hold any character
     data.command_line(__doc__, arguments, LIMITS, run_tasks)
 
 

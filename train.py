@@ -720,6 +720,7 @@ def train_run(config: Config) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; what a user can get wrong ends in one line and exit code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text
     arguments = sys.argv[1:] if arguments is None else arguments
     config = parse_config(arguments)
     try:

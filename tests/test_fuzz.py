@@ -4,6 +4,7 @@ import functools
 import gzip
 import io
 import json
+import os
 import shutil
 import string
 import sys
@@ -17,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_photos import SOUND, encoded, photo
+from test_photos import SOUND, encoded, photo, write_tar
 
 import data
 import model as M
@@ -36,6 +37,7 @@ def cases(share):
 def outcome(capsys, call, arguments, *named):
     """True for a result, False for exit code 2 with a last line that names one of these."""
     capsys.readouterr()
+    sys.stderr.reconfigure(errors="backslashreplace")  # as a program's is from the start
     try:
         call(arguments)
         return True
@@ -370,6 +372,77 @@ def test_any_flags_of_data(capsys, tmp_path_factory, flags):
     words = ["shapes", *(f"--{name}={value}" for name, value in flags.items()), "--out", str(out)]
     outcome(capsys, data.main, words, *(f"--{name}" for name in flags))
     shutil.rmtree(out)
+
+
+# as a program gets them: no zero byte, lone surrogates only for bytes that are not UTF-8
+PLACE = st.one_of(
+    st.sampled_from(["", ".", "x", "0.tar", "0.jpg", "empty", "loop", "x/y", "n" * 300, "0.jpg/y"]),
+    st.binary(max_size=12).map(lambda raw: os.fsdecode(raw.replace(b"\0", b"").lstrip(b"/."))),
+)
+TOWER = [
+    "vit_tiny_patch16_224",
+    "vit_tiny_patch16_224.x",
+    "patch",
+    "patch0",
+    "resnet18",
+    data.EXAMPLE_TOWER,
+]
+PHOTO_FLAGS = {
+    "out": PLACE,
+    "tower": st.one_of(PLACE, st.sampled_from(TOWER)),
+    "weights": st.one_of(PLACE, st.just("untrained")),
+    "device": st.one_of(PLACE, st.sampled_from(["cpu", "cuda", "mps", "cuda:0", "meta", "nn"])),
+    "tokens": st.sampled_from(["1", "4", "5", "49", "4096"]),
+}
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    """The place where programs work: a shard, a picture, something empty, a link to itself."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write_tar(tmp_path / "0.tar", [("0.jpg", SOUND), ("0.txt", b"x"), ("1.jpg", SOUND)])
+    (tmp_path / "0.jpg").write_bytes(SOUND)
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    return tmp_path
+
+
+@cases(0.1)
+@given(
+    sources=st.lists(PLACE, min_size=1, max_size=2),
+    flags=st.fixed_dictionaries({}, optional=PHOTO_FLAGS),
+)
+@example(
+    sources=["0.tar"],
+    flags={"tower": "vit_tiny_patch16_224", "weights": "untrained", "device": "nn"},
+)
+@example(sources=["0.tar"], flags={"out": "\udcff"})
+def test_any_words_of_data(capsys, folder, sources, flags):
+    """Photos from any place into any place, with any tower: a set, or one line."""
+    words = ["photos", *(f"--{name}={value}" for name, value in flags.items()), "--", *sources]
+    outcome(capsys, data.main, words, "")
+
+
+@cases(0.1)
+@given(
+    flags=st.dictionaries(
+        st.sampled_from(["run", "out", "caption", "image", "reconstruct"]), PLACE, min_size=1
+    )
+)
+def test_any_words_of_sample(capsys, folder, micro_run, flags):
+    """A picture or a run from any place, a picture to any place: done, or one line."""
+    flags = {"run": str(micro_run), "steps": 1, "decoder_steps": 1, "count": 1} | flags
+    words = ["a circle", "--ask=what?", *(f"--{name}={value}" for name, value in flags.items())]
+    outcome(capsys, sample.main, words, "")
+
+
+@cases(0.1)
+@given(flags=st.fixed_dictionaries({"data": PLACE}, optional={"out": PLACE}))
+def test_any_words_of_train(capsys, folder, micro_flags, flags):
+    """No set in any place: one line."""
+    words = [*micro_flags, *(f"--{name}={value}" for name, value in flags.items())]
+    assert not outcome(capsys, train.main, words, "")
 
 
 @pytest.mark.parametrize("size", ["-1", "7", "1025", "1e3", f"{2**40}", ""])
