@@ -31,7 +31,7 @@ from train import DESCRIBE, best_device, load_model
 HERE = Path(__file__).parent
 BATCH = 128  # rows at once: bounds the memory, changes no picture
 LIMITS = {"count": (1, 1000), "steps": (1, 1000), "guidance": (0, 100), "seed": (0, 2**32)}
-LIMITS |= {"decoder_steps": (1, 1000), "decoder_guidance": (0, 100)}
+LIMITS |= {"decoder_steps": (1, 1000), "decoder_guidance": (0, 100), "shift": (0.01, 100)}
 
 
 def find_run(given: str | None) -> Path:
@@ -63,7 +63,7 @@ class Studio:
     """A loaded run, ready to draw and to read; everything in batches, on CPU or GPU."""
 
     def __init__(self, path: Path, flow: dict, paint: dict):
-        """flow and paint: steps and guidance of the flow head and of the decoder."""
+        """flow and paint: how `sample_flow` runs the flow head and the decoder."""
         self.net, self.tokenizer, self.config, self.facts = load_model(path)
         self.device = torch.device(best_device())
         self.net.to(self.device)
@@ -83,7 +83,7 @@ class Studio:
         """Prompts -> treated vectors (B, N, C)."""
         ids = self.sequences([[("user", text), ("queries", None)] for text in prompts])
         noise = row_noise(seeds, self.net.head.shape).to(self.device)
-        flow = partial(self.net.imagine, shift=self.config.shift, **self.flow)
+        flow = partial(self.net.imagine, **self.flow)
         return torch.cat(in_batches("vectors", flow, ids, noise))
 
     def paint(self, vectors: Tensor, seeds: list[int]) -> np.ndarray:
@@ -288,10 +288,11 @@ def run_tasks(
     evaluate=False,
     seed=0,
     count=4,
-    steps=10,
-    guidance=4.0,
+    steps=40,
+    guidance=2.0,
+    shift=2.0,
     decoder_steps=4,
-    decoder_guidance=1.0,
+    decoder_guidance=1.5,
 ) -> None:
     """Does what the command line asks for.
 
@@ -307,6 +308,7 @@ def run_tasks(
     count: pictures for each prompt
     steps: of the flow head
     guidance: of the flow head; 1 is off
+    shift: of the flow head's steps; above 1 more of them near noise
     decoder_steps: of the decoder
     decoder_guidance: of the decoder; 1 is off
     """
@@ -316,7 +318,7 @@ def run_tasks(
     path = find_run(run)
     print(f"weights {path}")
     decoder = dict(steps=decoder_steps, guidance=decoder_guidance)
-    studio = Studio(path, dict(steps=steps, guidance=guidance), decoder)
+    studio = Studio(path, dict(steps=steps, guidance=guidance, shift=shift), decoder)
     if prompts:
         texts = [text for text in prompts for _ in range(count)]
         images = studio.draw(texts, [seed + i for i in range(len(texts))])
