@@ -841,7 +841,8 @@ def add_flags(parser, function):
 
 def command_line(about, arguments, limits, function=None, **commands):
     """Calls `function` or the command that is named; what is wrong ends in one line and code 2."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # paths and answers may hold any character
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # answers may hold any character
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=about, formatter_class=style)
     if function:

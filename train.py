@@ -720,7 +720,6 @@ def train_run(config: Config) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; what a user can get wrong ends in one line and exit code 2."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text
     arguments = sys.argv[1:] if arguments is None else arguments
     config = parse_config(arguments)
     try:
@@ -732,8 +731,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"train.py: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        command = shlex.join(["python", "train.py", *arguments])
-        print(f"interrupted; to continue: {command}", file=sys.stderr)
+        print("interrupted; to continue: python train.py", shlex.join(arguments), file=sys.stderr)
         sys.exit(130)
 
 

@@ -130,6 +130,9 @@ def test_any_answer_is_printed(capsys, monkeypatch, micro_run, tmp_path):
     monkeypatch.setattr(sample.Studio, "answer", lambda *_: ["a \ud800"])
     sample.main(["--run", str(micro_run), "--caption", str(tmp_path / "x.png")])
     assert capsys.readouterr().out.endswith("a \\ud800\n")
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # as in a notebook, without reconfigure
+    sample.main(["--run", str(micro_run), "--caption", str(tmp_path / "x.png")])
+    assert sys.stdout.getvalue().endswith("a \ud800\n")
 
 
 @cases(0.2)
