@@ -692,6 +692,8 @@ def write_set(out, settings, sources, read):
         old = state["settings"]
         require(old == settings, f"{out} was prepared with other settings, {old}: delete it first")
     if "version" in state:
+        for file in out.glob("*.raw"):
+            file.unlink()
         return PreparedSet(out)
     arrays, dropped = state["arrays"], Counter(state["dropped"])
     for file in out.glob("*.raw"):
@@ -720,9 +722,7 @@ def write_set(out, settings, sources, read):
         raw = np.memmap(out / f"{name}.raw", dtype, "r").reshape(-1, *shape)  # (rows, ...)
         write_array(out / f"{name}.npy", raw.dtype, raw.shape, [raw])
     write_json(out / "meta.json", state | {"version": FORMAT})
-    for file in out.glob("*.raw"):
-        file.unlink()
-    return PreparedSet(out)
+    return write_set(out, settings, sources, read)  # which tidies up, after a kill just here too
 
 
 class PreparedSet:

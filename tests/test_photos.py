@@ -385,6 +385,15 @@ def test_a_finished_set_is_not_made_again(tmp_path, monkeypatch):
     assert len(data.prepare_shapes(tmp_path, 20)) == 20
 
 
+def test_a_kill_just_behind_the_end_leaves_no_rows(tmp_path):
+    """The set was finished, its raw rows not yet deleted: the same command does it."""
+    data.prepare_shapes(tmp_path, 20)
+    before = contents(tmp_path)
+    (tmp_path / "images.raw").write_bytes(b"left")
+    data.prepare_shapes(tmp_path, 20)
+    assert contents(tmp_path) == before
+
+
 def test_other_settings_are_refused(tmp_path, monkeypatch):
     """A folder of another count, seed, size, source or kind is named, with what it holds."""
     data.prepare_shapes(tmp_path / "s", 20, seed=1)
