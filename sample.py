@@ -13,7 +13,7 @@ import math
 import platform
 import time
 from collections import Counter, defaultdict
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +47,10 @@ def find_run(given: str | None) -> Path:
     return runs[-1]
 
 
-def row_noise(seeds: list[int], shape: tuple[int, int]) -> Tensor:
-    """Noise (B, *shape), each row from its own seed: a picture depends on no neighbour."""
-    sources = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.stack([torch.randn(shape, generator=source) for source in sources])
+def row_noise(seeds: Tensor, shape: tuple[int, int], device) -> Callable[[], Tensor]:
+    """A source of noise (B, *shape), each row from its own seed: no picture depends on another."""
+    sources = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+    return lambda: torch.stack([torch.randn(shape, generator=s) for s in sources]).to(device)
 
 
 def in_batches(title: str, function, *rows: Tensor) -> list:
@@ -62,13 +62,14 @@ def in_batches(title: str, function, *rows: Tensor) -> list:
 class Studio:
     """A loaded run, ready to draw and to read; everything in batches, on CPU or GPU."""
 
-    def __init__(self, path: Path, flow: dict, paint: dict):
-        """flow and paint: how `sample_flow` runs the flow head and the decoder."""
+    def __init__(self, path: Path, flow: dict, paint: dict, ode: bool = False):
+        """flow and paint: how `sample_flow` runs the flow head, with new noise at each step unless
+        `ode`, and the decoder."""
         self.net, self.tokenizer, self.config, self.facts = load_model(path)
         self.device = torch.device(best_device())
         self.net.to(self.device)
         self.cut = None  # a Counter: texts that are too long are cut and counted, not refused
-        self.flow, self.paint_options = flow, paint
+        self.flow, self.paint_options, self.ode = flow, paint, ode
         if self.net.clip is None:
             name, weights = (self.facts["data"][key] for key in ("tower", "weights"))
             self.tower = data.open_tower(name, self.config.tokens, weights)[0].to(self.device)
@@ -81,16 +82,22 @@ class Studio:
 
     def imagine(self, prompts: list[str], seeds: list[int]) -> Tensor:
         """Prompts -> treated vectors (B, N, C)."""
-        ids = self.sequences([[("user", text), ("queries", None)] for text in prompts])
-        noise = row_noise(seeds, self.net.head.shape).to(self.device)
-        flow = partial(self.net.imagine, **self.flow)
-        return torch.cat(in_batches("vectors", flow, ids, noise))
+        rows = self.sequences([[("user", text), ("queries", None)] for text in prompts])
+
+        def flow(ids, seeds):
+            noise = row_noise(seeds, self.net.head.shape, self.device)
+            return self.net.imagine(ids, noise(), fresh=None if self.ode else noise, **self.flow)
+
+        return torch.cat(in_batches("vectors", flow, rows, torch.tensor(seeds)))
 
     def paint(self, vectors: Tensor, seeds: list[int]) -> np.ndarray:
         """Vectors (B, N, C) -> pictures (B, S, S, 3) uint8; the noise differs from imagine's."""
-        noise = row_noise([seed + 2**32 for seed in seeds], self.net.decoder.shape)
-        flow = partial(self.net.paint, **self.paint_options)
-        return torch.cat(in_batches("pixels", flow, vectors, noise.to(self.device))).cpu().numpy()
+
+        def flow(vectors, seeds):
+            noise = row_noise(seeds + 2**32, self.net.decoder.shape, self.device)
+            return self.net.paint(vectors, noise(), **self.paint_options)
+
+        return torch.cat(in_batches("pixels", flow, vectors, torch.tensor(seeds))).cpu().numpy()
 
     def draw(self, prompts: list[str], seeds: list[int]) -> np.ndarray:
         return self.paint(self.imagine(prompts, seeds), seeds)
@@ -291,6 +298,7 @@ def run_tasks(
     steps=40,
     guidance=2.0,
     shift=2.0,
+    ode=False,
     decoder_steps=4,
     decoder_guidance=1.5,
 ) -> None:
@@ -309,6 +317,7 @@ def run_tasks(
     steps: of the flow head
     guidance: of the flow head; 1 is off
     shift: of the flow head's steps; above 1 more of them near noise
+    ode: solve the flow's equation; without, each step of the flow head draws new noise
     decoder_steps: of the decoder
     decoder_guidance: of the decoder; 1 is off
     """
@@ -317,8 +326,9 @@ def run_tasks(
     require(tasks, "nothing to do: give a prompt, --caption, --ask, --reconstruct or --evaluate")
     path = find_run(run)
     print(f"weights {path}")
+    flow = dict(steps=steps, guidance=guidance, shift=shift)
     decoder = dict(steps=decoder_steps, guidance=decoder_guidance)
-    studio = Studio(path, dict(steps=steps, guidance=guidance, shift=shift), decoder)
+    studio = Studio(path, flow, decoder, ode)
     if prompts:
         texts = [text for text in prompts for _ in range(count)]
         images = studio.draw(texts, [seed + i for i in range(len(texts))])

@@ -418,6 +418,30 @@ def test_guidance_one_is_none(heun, calls):
     assert net.calls == [4] * calls
 
 
+def test_new_noise_at_each_step():
+    """On Gaussian data the variance follows the recursion of x = (1 - t) fresh + t E[data | x]."""
+    spread, steps, variance = 0.6, 7, 1.0
+
+    def gain(t):  # E[data | x_t] = gain x_t for data of variance spread^2
+        return t * spread**2 / (t**2 * spread**2 + (1 - t) ** 2)
+
+    net = Field(lambda x, t, cond: (gain(t) - 1) / (1 - t) * x)
+    generator = torch.Generator().manual_seed(0)
+
+    def fresh():
+        return torch.randn(200_000, 1, 1, generator=generator)
+
+    start = fresh()
+    end = M.sample_flow(net, start, start, steps=steps, fresh=fresh)
+    for i in range(steps):
+        t, after = i / steps, (i + 1) / steps
+        variance = (after * gain(t)) ** 2 * variance + (1 - after) ** 2
+    assert abs(end.var().item() / variance - 1) < 0.02
+    assert variance < 0.9 * spread**2  # narrower than the data, as the docstring says
+    exact = M.sample_flow(net, start, start, steps=200)
+    assert abs(exact.std().item() / spread - 1) < 0.02
+
+
 def test_shift_time():
     """Ends stay, order stays, shift 1 is nothing, 1 / shift undoes it, above 1 goes to noise."""
     t = torch.linspace(0, 1, 101).double()

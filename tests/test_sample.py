@@ -64,7 +64,13 @@ def test_the_same_seed_gives_the_same_picture(micro_run, tmp_path):
     """Same seed, same bytes; another seed, steps or guidance, another picture."""
     first = draw(micro_run, tmp_path / "0.png", PROMPTS[0])
     assert np.array_equal(first, draw(micro_run, tmp_path / "1.png", PROMPTS[0], "--seed", "0"))
-    for other in (["--seed", "1"], ["--steps", "3"], ["--decoder_steps", "2"], ["--count", "3"]):
+    for other in (
+        ["--seed", "1"],
+        ["--steps", "3"],
+        ["--decoder_steps", "2"],
+        ["--ode"],
+        ["--count", "3"],
+    ):
         changed = draw(micro_run, tmp_path / "2.png", PROMPTS[0], *other)
         assert not np.array_equal(first, changed), other
 
@@ -79,9 +85,12 @@ def test_a_row_does_not_depend_on_its_neighbours(studio, monkeypatch):
     assert torch.allclose(studio.imagine(PROMPTS, [7, 8, 9]), together, atol=1e-4)
     apart = np.abs(studio.paint(together, [7, 8, 9]).astype(int) - pictures)
     assert apart.max() <= 1
-    noise = sample.row_noise([3, 4], (5, 6))
-    assert torch.equal(sample.row_noise([4], (5, 6))[0], noise[1])
-    assert not torch.equal(noise[0], noise[1])
+    pair, single = (sample.row_noise(torch.tensor(s), (5, 6), "cpu") for s in ([3, 4], [4]))
+    for _ in range(2):  # the second draw is another one
+        noise = pair()
+        assert torch.equal(single()[0], noise[1])
+        assert not torch.equal(noise[0], noise[1])
+    assert not torch.equal(pair(), noise)
 
 
 def test_seeing_and_answering_work_in_batches(studio, monkeypatch):
