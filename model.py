@@ -327,9 +327,8 @@ class DiT(nn.Module):
         """x (B, N, C) at times t (B,), condition (P, M, L) with B = P K -> (B, N, C)."""
         draws = len(x) // len(cond)
         side = math.isqrt(x.shape[1]) // self.patch
-        h = rearrange(
-            x, "b (r p c q) ch -> b (r c) (p q ch)", r=side, c=side, p=self.patch, q=self.patch
-        )
+        patches = dict(r=side, c=side, p=self.patch, q=self.patch)
+        h = rearrange(x, "b (r p c q) ch -> b (r c) (p q ch)", **patches)
         cond = self.cond_embed(cond)  # (P, M, D)
         pooled = self.pooled(cond.mean(1)).repeat_interleave(draws, 0)
         time = F.silu(self.time(timestep_features(t)) + pooled)
@@ -339,9 +338,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             h = block(h, time, cond)
         h = self.out(modulate(h, *self.modulation(time)[:, None].chunk(2, dim=-1)))
-        return rearrange(
-            h, "b (r c) (p q ch) -> b (r p c q) ch", r=side, c=side, p=self.patch, q=self.patch
-        )
+        return rearrange(h, "b (r c) (p q ch) -> b (r p c q) ch", **patches)
 
 
 def timestep_features(t: Tensor) -> Tensor:
@@ -575,18 +572,10 @@ class TinyCLIP(nn.Module):
         super().__init__()
         tokens, channels = shape
         patch = side // math.isqrt(tokens)
-        self.tower = timm.create_model(
-            "vit_tiny_patch16_224",
-            img_size=side,
-            patch_size=patch,
-            embed_dim=width,
-            depth=depth,
-            num_heads=heads,
-            num_classes=0,
-            class_token=False,
-            global_pool="avg",
-            fc_norm=False,  # the tokens are used, and so the norm belongs on them
-        )
+        size = dict(img_size=side, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads)
+        # the tokens are used, and so the norm belongs on them
+        ending = dict(num_classes=0, class_token=False, global_pool="avg", fc_norm=False)
+        self.tower = timm.create_model("vit_tiny_patch16_224", **size, **ending)
         self.noise, self.patch = noise, patch
         self.bottleneck = nn.Linear(width, channels)
         self.image_head = mlp(channels, width, width)
@@ -621,14 +610,8 @@ class TinyCLIP(nn.Module):
 
     def rebuild(self, vectors: Tensor) -> Tensor:
         """The pixel head's picture, a blurred preview: (B, N, C) -> (B, 3, S, S)."""
-        side = math.isqrt(vectors.shape[1])
-        return rearrange(
-            self.pixel_head(vectors),
-            "b (r k) (c p q) -> b c (r p) (k q)",
-            r=side,
-            c=3,
-            p=self.patch,
-        )
+        h, side = self.pixel_head(vectors), math.isqrt(vectors.shape[1])
+        return rearrange(h, "b (r k) (c p q) -> b c (r p) (k q)", r=side, c=3, p=self.patch)
 
 
 # -------------------------------------------------------------------------------- the backbone
