@@ -295,7 +295,7 @@ def run_tasks(
     evaluate=False,
     seed=0,
     count=4,
-    steps=40,
+    steps=30,
     guidance=2.0,
     shift=2.0,
     ode=False,
