@@ -5,15 +5,18 @@ import math
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import data
 import sample
 
+ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["a red circle left of a blue square", "three green circles", "a triangle"]
 FEW = {
     name: [data.parse_prompt(text) for text in texts]
@@ -313,3 +316,16 @@ def test_what_a_user_gets_wrong_ends_in_one_line(micro_run, tmp_path, capsys, na
 def test_any_prompt_is_drawn(studio, prompt):
     """Any text is a prompt: bytes stand in for words that are not known."""
     assert studio.draw([prompt], [0]).shape == (1, 64, 64, 3)
+
+
+def test_the_shipped_weights_draw():
+    """They are small and in half precision, and the checker accepts most of what they draw."""
+    path = ROOT / "weights/shapes.safetensors"
+    assert path.stat().st_size < 20e6
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
+    flow, decoder = dict(steps=30, guidance=2.0, shift=2.0), dict(steps=4, guidance=1.5)
+    prompts = [p for p in data.eval_prompts()["seen"] if p.category == "colors"][:24]
+    images = sample.Studio(path, flow, decoder).draw([p.text for p in prompts], list(range(24)))
+    assert sample.score_prompts(prompts, images)["strict"]["mean"] > 0.8
+    shuffled = sample.score_prompts(prompts[1:] + prompts[:1], images)
+    assert shuffled["strict"]["mean"] < 0.3
