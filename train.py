@@ -98,7 +98,7 @@ class Config:
     decode_batch: int = flag(32, "images a step of stage decode")
     draws: int = flag(4, "noise draws for each prompt, sharing one pass of the backbone")
     drop: float = flag(0.1, "share of conditions replaced by zeros, for guidance")
-    shift: float = flag(2.0, "schedule shift of generation; above 1 more time near noise")
+    shift: float = flag(2.0, "schedule shift of generation's training; above 1 more near noise")
     broad_share: float = flag(0.1, "share of pretraining captions while tuning")
     lr: float = flag(3e-3, "peak learning rate")
     tune_lr: float = flag(3e-3, "peak learning rate of stage tune")
