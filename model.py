@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------ text
 
@@ -171,7 +172,8 @@ class Attention(nn.Module):
     def forward(self, x, context=None, mask=None, rope=None, cache=None) -> Tensor:
         """(B, T, D), context (B, M, D) -> (B, T, D).
 
-        cache is a list, empty or [keys, values] of earlier positions; it is brought up to date.
+        cache is a list, empty or [keys, values] of earlier positions; it is brought up to date,
+        unless there is a gradient: a pass that is learned is the last one.
         """
         context = x if context is None else context
         q = rearrange(self.q(x), "b t (h e) -> b h t e", h=self.heads)
@@ -181,7 +183,7 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         if cache:
             k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
-        if cache is not None:
+        if cache is not None and not torch.is_grad_enabled():
             cache[:] = [k, v]
         mixed = attention(q, k, v, mask)
         return self.out(rearrange(mixed, "b h t e -> b t (h e)"))
@@ -199,6 +201,18 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # two of (B, T, 8/3 D)
         return self.down(F.silu(gate) * up)
+
+
+class Stack(nn.Module):
+    """Blocks one after another. With `checkpoint` their activations are not kept but computed
+    again in the backward pass: a third more time, a fraction of the memory."""
+
+    checkpoint = False
+
+    def through(self, block: nn.Module, *inputs) -> Tensor:
+        if self.checkpoint and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -222,7 +236,7 @@ class TrunkBlock(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class Trunk(nn.Module):
+class Trunk(Stack):
     """Causal transformer over embeddings; the backbone, and the text tower of the tiny CLIP."""
 
     def __init__(self, width: int, depth: int, heads: int):
@@ -245,7 +259,7 @@ class Trunk(nn.Module):
         mask = (causal & valid[:, None, None, :]) | own  # (B, 1, T, past + T)
         rope = rotary(queries, self.head_width)
         for i, block in enumerate(self.blocks):
-            x = block(x, mask, rope, caches[i] if caches is not None else None)
+            x = self.through(block, x, mask, rope, caches[i] if caches is not None else None)
         return self.norm(x)
 
     def new_caches(self) -> list[list]:
@@ -289,7 +303,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
 
 
-class DiT(nn.Module):
+class DiT(Stack):
     """Diffusion transformer over a square grid of vectors; one class for every flow head.
 
     shape      (N, C) of the grid; each of cond_channels is a condition's width L
@@ -298,18 +312,28 @@ class DiT(nn.Module):
                "grid": vectors on a square grid of their own, resized to the token grid and added,
                for a decoder whose condition lies where the pixels lie
     predicts   "x" (data) or "v" (velocity); see `velocity`
+    recalls    reads an earlier guess of the data beside x_t (self-conditioning, arXiv 2208.04202)
     """
 
     def __init__(
-        self, shape, cond_channels, width, depth, heads, patch=1, condition="cross", predicts="x"
+        self,
+        shape,
+        cond_channels,
+        width,
+        depth,
+        heads,
+        patch=1,
+        condition="cross",
+        predicts="x",
+        recalls=False,
     ):
         super().__init__()
         tokens, channels = self.shape = shape
         side, self.patch = math.isqrt(tokens), patch
         if side * side != tokens or side % patch:
             raise ValueError(f"{tokens} tokens are no square grid divisible by patch {patch}")
-        self.condition, self.predicts = condition, predicts
-        self.embed = nn.Linear(channels * patch**2, width)
+        self.condition, self.predicts, self.recalls = condition, predicts, recalls
+        self.embed = nn.Linear((1 + recalls) * channels * patch**2, width)
         self.time = mlp(256, width, width)
         self.cond_embed = nn.Sequential(nn.Linear(cond_channels, width), nn.RMSNorm(width))
         self.pooled = nn.Linear(width, width)
@@ -323,8 +347,13 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        """x (B, N, C) at times t (B,), condition (P, M, L) with B = P K -> (B, N, C)."""
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor, guess: Tensor | None = None) -> Tensor:
+        """x (B, N, C) at times t (B,), condition (P, M, L) with B = P K -> (B, N, C).
+
+        guess (B, N, C) is what an earlier call made of the data, None is a guess of zeros.
+        """
+        if self.recalls:
+            x = torch.cat([x, torch.zeros_like(x) if guess is None else guess], dim=-1)
         draws = len(x) // len(cond)
         side = math.isqrt(x.shape[1]) // self.patch
         patches = dict(r=side, c=side, p=self.patch, q=self.patch)
@@ -336,7 +365,7 @@ class DiT(nn.Module):
         if self.condition == "grid":
             h = h + resize_grid(cond, h.shape[1]).repeat_interleave(draws, 0)
         for block in self.blocks:
-            h = block(h, time, cond)
+            h = self.through(block, h, time, cond)
         h = self.out(modulate(h, *self.modulation(time)[:, None].chunk(2, dim=-1)))
         return rearrange(h, "b (r c) (p q ch) -> b (r p c q) ch", **patches)
 
@@ -358,46 +387,46 @@ def resize_grid(grid: Tensor, tokens: int) -> Tensor:
 # --------------------------------------------------------------------------------- flow matching
 
 
-def velocity(dit: nn.Module, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+def velocity(
+    dit: nn.Module, x_t: Tensor, t: Tensor, cond: Tensor, guess: Tensor | None = None
+) -> Tensor:
     """The velocity that `dit` stands for: (B, N, C), (B,), (P, M, L) -> (B, N, C).
 
     If it predicts the data x, the velocity is (x - x_t) / (1 - t); the floor of 0.05 keeps the
     loss finite at t = 1, and loss and sampler share it, so that it costs no bias.
     """
-    out = dit(x_t, t, cond)
+    out = dit(x_t, t, cond, guess)
     if dit.predicts == "v":
         return out
     return (out - x_t) / (1 - t).clamp_min(0.05)[:, None, None]
 
 
-def flow_loss(
-    dit: nn.Module,
-    x: Tensor,
-    cond: Tensor,
-    shift: float = 1.0,
-    noise: Tensor | None = None,
-    t: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def flow_loss(dit: nn.Module, x: Tensor, noise: Tensor, t: Tensor, cond: Tensor) -> Tensor:
     """Flow matching (paper, section 3.2): the mean of |velocity(x_t) - (x - noise)|^2.
 
-    x_t = (1 - t) noise + t x: data (B, N, C), condition (P, M, L) -> losses (B,), times (B,).
-    noise (B, N, C) and t (B,) are drawn unless given.
+    x_t = (1 - t) noise + t x: data and noise (B, N, C), t (B,), cond (P, M, L) -> losses (B,).
+    A net that recalls gets, for every second prompt, the guess of a first call without one.
     """
-    noise = torch.randn_like(x) if noise is None else noise
-    if t is None:
-        t = shift_time(spread_times(len(x), len(x) // len(cond), x.device), shift)
-    x_t = torch.lerp(noise, x, t[:, None, None])
-    error = velocity(dit, x_t, t, cond) - (x - noise)
-    return error.float().square().mean((1, 2)), t
+    at = t[:, None, None]
+    x_t, guess = torch.lerp(noise, x, at), None
+    if dit.recalls:
+        first = torch.arange(len(x), device=x.device).view(len(cond), -1)[::2].flatten()
+        with torch.no_grad():
+            v = velocity(dit, x_t[first], t[first], cond[::2])
+            made = x_t[first] + (1 - at[first]) * v
+            guess = torch.zeros_like(x).index_copy(0, first, made)
+    error = velocity(dit, x_t, t, cond, guess) - (x - noise)
+    return error.float().square().mean((1, 2))
 
 
-def spread_times(count: int, draws: int, device) -> Tensor:
-    """Logit-normal times (B,), evenly spread over the batch and over the draws of each prompt.
+def spread_times(rows: Tensor, count: int, draws: int, offset: float) -> Tensor:
+    """Logit-normal times of some rows (b,) of a batch of `count`, `draws` for each -> (b K,).
 
-    One random offset for all: each time has the right distribution, and the loss less variance.
+    They are evenly spread over the batch and over the draws of each row, with one random offset in
+    0..1 for all: each time has the right distribution, and the loss less variance.
     """
-    ranks = torch.arange(count, device=device).view(draws, -1).T.flatten()  # (B,)
-    share = (ranks / count + torch.rand((), device=device)) % 1
+    ranks = rows[:, None] + count * torch.arange(draws)  # (b, K)
+    share = (ranks.flatten() / (count * draws) + offset) % 1
     return torch.special.ndtri(share.clamp(1e-4, 1 - 1e-4)).sigmoid()
 
 
@@ -429,20 +458,21 @@ def sample_flow(
     models do: early mistakes are forgotten, at the price of a distribution somewhat too narrow.
     """
 
-    def field(x: Tensor, t: Tensor) -> Tensor:
+    def field(x: Tensor, t: Tensor, guess: Tensor) -> Tensor:
         t = t.expand(len(x))
         if guidance == 1:
-            return velocity(dit, x, t, cond)
-        both = velocity(dit, torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, 0 * cond]))
+            return velocity(dit, x, t, cond, guess)
+        x, t, guess = (torch.cat([each, each]) for each in (x, t, guess))
+        both = velocity(dit, x, t, torch.cat([cond, 0 * cond]), guess)
         c, u = both.chunk(2)  # two of (B, N, C)
         return u + guidance * (c - u)
 
     times = shift_time(torch.linspace(0, 1, steps + 1, device=noise.device), shift)
-    x = noise
+    x, data = noise, torch.zeros_like(noise)
     for i, (t, after) in enumerate(zip(times[:-1], times[1:])):
-        v = field(x, t)
+        v = field(x, t, data)
         if heun and i < steps - 1:
-            v = (v + field(x + (after - t) * v, after)) / 2
+            v = (v + field(x + (after - t) * v, after, data)) / 2
         data = x + (1 - t) * v
         noise = x - t * v if fresh is None else fresh()
         x = torch.lerp(noise, data, after)
@@ -546,17 +576,18 @@ class VAE(nn.Module):
         side = math.isqrt(latents.shape[1])
         return self.decoder(rearrange(latents, "b (h w) c -> b c h w", h=side))
 
-    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Losses of a batch: pixel error, and the KL divergence to a unit Gaussian."""
+    def forward(self, pixels: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Losses (B,), noise (B, 4, S/4, S/4): pixel error, KL divergence to a unit Gaussian."""
         mean, log_variance = self.moments(pixels)
-        latents = mean + torch.randn_like(mean) * (log_variance / 2).exp()
+        latents = mean + noise * (log_variance / 2).exp()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
-        return {"error": pixel_error(self.decoder(latents), pixels), "kl": kl.mean()}
+        return {"error": pixel_error(self.decoder(latents), pixels), "kl": kl.mean((1, 2, 3))}
 
 
 def pixel_error(made: Tensor, pixels: Tensor) -> Tensor:
-    """Absolute error, for sharp edges, plus squared error, for colours."""
-    return F.l1_loss(made, pixels) + 4 * F.mse_loss(made, pixels)
+    """Absolute error, for sharp edges, plus squared error, for colours: (B, 3, S, S) -> (B,)."""
+    error = made - pixels
+    return (error.abs() + 4 * error.square()).mean((1, 2, 3))
 
 
 class TinyCLIP(nn.Module):
@@ -598,10 +629,12 @@ class TinyCLIP(nn.Module):
         states = self.text(self.words(ids), ids != PAD)
         return F.normalize(self.text_head(states[:, -1]), dim=-1)  # (B, D)
 
-    def forward(self, pixels: Tensor, ids: Tensor, same: Tensor) -> dict[str, Tensor]:
-        """Losses of pictures (B, 3, S, S) and captions (B, T); same (B, B) marks equal captions."""
-        vectors = self.vectors(pixels)
-        vectors = vectors + self.noise * torch.randn_like(vectors)
+    def forward(self, pixels, ids, same, noise: Tensor | float = 0.0) -> dict[str, Tensor]:
+        """Losses of pictures (B, 3, S, S) and captions (B, T); same (B, B) marks equal captions.
+
+        noise (B, N, C) is scaled by `self.noise`. One contrastive loss, a pixel loss for each row.
+        """
+        vectors = self.vectors(pixels) + self.noise * noise
         scale = self.log_scale.exp().clamp(max=100)
         logits = scale * self.embed_images(vectors) @ self.embed_texts(ids).T  # (B, B)
         target = same / same.sum(1, keepdim=True)  # symmetric, so it serves both directions
@@ -653,10 +686,14 @@ class Unified(nn.Module):
         return self.trunk(self.embed(ids, vectors), ids != PAD)  # (B, T, D)
 
     def forward(self, ids: Tensor, learn: Tensor, vectors: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy of the tokens marked in learn (B, T), each from those before it."""
+        """Cross-entropy of the tokens marked in learn (B, T), each from those before it -> (B,).
+
+        It is the mean over a row's tokens: rows count alike, however a batch is divided.
+        """
         logits = self.head(self.states(ids, vectors)[:, :-1])  # (B, T - 1, V)
-        target = ids[:, 1:].masked_fill(~learn[:, 1:], -100)
-        return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten())
+        losses = F.cross_entropy(logits.mT.float(), ids[:, 1:], reduction="none")  # (B, T - 1)
+        learn = learn[:, 1:]
+        return (losses * learn).sum(1) / learn.sum(1).clamp_min(1)
 
     def query_states(self, ids: Tensor) -> Tensor:
         """States at the queries, which end every row: (P, T) -> (P, M, D).
@@ -722,7 +759,8 @@ class BLIP3o(nn.Module):
         self.latent_treatment = Treatment(4, 4)
         self.backbone = Unified(vocabulary, vectors, c.queries, *size(c.width, c.depth))
         head = size(c.dit_width, c.dit_depth)
-        self.head = DiT(vectors, c.width, *head, patch=c.dit_patch, predicts=c.predicts)
+        flow = {"patch": c.dit_patch, "predicts": c.predicts, "recalls": c.recalls}
+        self.head = DiT(vectors, c.width, *head, **flow)
         decoder = size(c.decoder_width, c.decoder_depth)
         grid = {"patch": c.decoder_patch, "condition": "grid"}
         self.decoder = DiT((latents, 4), c.channels, *decoder, **grid)

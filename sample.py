@@ -207,7 +207,7 @@ def evaluate_clip(studio: Studio, dataset) -> dict:
     top1 = (scores.argmax(1) == same.argmax(1)).float().mean()
     error = (clip.rebuild(vectors) - pixels).square().mean() / pixels.var()
     losses = clip(pixels, tokens, same)
-    extra = studio.config.pixel_weight * losses["pixels"]
+    extra = studio.config.pixel_weight * losses["pixels"].mean()
     scores = (top1, 1 - error, extra / (extra + losses["contrastive"]))
     names = ("clip_top1_of_100", "clip_pixel_r2", "clip_pixel_loss_share")
     return dict(zip(names, map(float, scores)))

@@ -2,6 +2,7 @@
 
     python train.py                                        shapes, the demo preset
     python train.py --data data/photos --out out/photos --preset photos
+    torchrun --nproc-per-node 2 train.py ...               as many processes as cards
 
 Runs what is missing of clip -> vae -> cache -> understand -> generate -> tune -> decode; the same
 command again continues. See data.py for the set, sample.py for pictures and scores.
@@ -20,14 +21,18 @@ import shutil
 import signal
 import sys
 import time
-from collections import Counter, defaultdict
-from contextlib import contextmanager
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -43,6 +48,9 @@ VERSION = 2  # of the checkpoints
 # the optimiser's matrices: adaLN's are wide, so that orthogonalising them costs more than it gains
 MUON = r"blocks\.(?!.*modulation)"
 HARMLESS = {"data", "out", "device", "precision", "compile", "save_every", "strip_every"}
+HARMLESS |= {"accumulate", "checkpoint"}
+# this process among those of torchrun
+RANK, WORLD = (int(os.environ.get(name, one)) for name, one in (("RANK", 0), ("WORLD_SIZE", 1)))
 PROGRESS = ("step", "rows", "seconds", "skipped", "in_row", "averages")  # of a stage
 DESCRIBE = "describe"  # the question whose answer is the caption
 
@@ -81,6 +89,7 @@ class Config:
     dit_depth: int = flag(5, "blocks of the flow head")
     dit_patch: int = flag(2, "neighbouring vectors per token of the flow head, a side")
     predicts: str = flag("x", "of the flow head: data or velocity", ("x", "v"))
+    recalls: bool = flag(True, "the flow head reads its own last guess (self-conditioning)")
     decoder_width: int = flag(128, "width of the decoder")
     decoder_depth: int = flag(4, "blocks of the decoder")
     decoder_patch: int = flag(2, "neighbouring latents per token of the decoder, a side")
@@ -97,6 +106,8 @@ class Config:
     generate_batch: int = flag(32, "prompts a step of stages generate and tune")
     decode_batch: int = flag(32, "images a step of stage decode")
     draws: int = flag(4, "noise draws for each prompt, sharing one pass of the backbone")
+    accumulate: int = flag(1, "parts of a batch, one after another; all but clip's")
+    checkpoint: bool = flag(False, "compute activations twice rather than keep them")
     drop: float = flag(0.1, "share of conditions replaced by zeros, for guidance")
     shift: float = flag(2.0, "schedule shift of generation's training; above 1 more near noise")
     broad_share: float = flag(0.1, "share of pretraining captions while tuning")
@@ -121,6 +132,10 @@ class Config:
                 raise ValueError(f"--{f.name} {value}: expected at least {least}, below {most}")
             if f.name in ("drop", "broad_share", "cooldown", "ema") and value > 1:
                 raise ValueError(f"--{f.name} {value}: expected a share, 0 to 1")
+        for name in ("vae_batch", "understand_batch", "generate_batch", "decode_batch"):
+            if (batch := getattr(self, name)) % (self.accumulate * WORLD):
+                message = f"expected a multiple of {self.accumulate} parts x {WORLD} processes"
+                raise ValueError(f"--{name} {batch}: {message}")
         side = math.isqrt(self.tokens)
         if side**2 != self.tokens or side % self.dit_patch:
             message = "expected a square whose side --dit_patch divides, such as 64"
@@ -139,6 +154,15 @@ PRESETS = {
         **{"clip_steps": 400, "vae_steps": 500, "understand_steps": 250, "generate_steps": 900},
         **{"tune_steps": 0, "decode_steps": 500, "generate_batch": 8, "draws": 8},
         **{"channels": 32, "clip_noise": 0.1, "queries": 64},
+    },
+    "cc3m": {  # features of a timm tower, 768 wide, and pictures of 128 px, on a card of 8 GB
+        **{"channels": 768, "queries": 64, "width": 512, "depth": 8, "predicts": "v"},
+        **{"dit_width": 768, "dit_depth": 8, "dit_patch": 1, "shift": 3.5, "draws": 1},
+        **{"decoder_width": 384, "decoder_depth": 8, "vae_width": 128, "vae_depth": 3},
+        **{"vae_steps": 5000, "understand_steps": 10_000, "generate_steps": 50_000},
+        **{"tune_steps": 0, "decode_steps": 30_000, "vae_batch": 32, "understand_batch": 64},
+        **{"generate_batch": 64, "decode_batch": 32, "lr": 1e-3, "warmup": 500, "ema": 0.999},
+        **{"save_every": 1000, "strip_every": 1000},
     },
     "micro": {  # seconds, for tests
         **{f"{part}_width": 32 for part in ("clip", "dit", "decoder")},
@@ -162,7 +186,8 @@ def parse_config(arguments: list[str]) -> Config:
     for f in fields(Config):
         text = f"{f.metadata['help']} (default {f.default})"
         if f.type is bool:
-            parser.add_argument(f"--{f.name}", action="store_true", default=None, help=text)
+            switch = argparse.BooleanOptionalAction
+            parser.add_argument(f"--{f.name}", action=switch, default=None, help=text)
         else:
             choices = f.metadata["choices"] or None
             parser.add_argument(f"--{f.name}", type=f.type, choices=choices, help=text)
@@ -198,6 +223,7 @@ def resolve_machine(c: Config) -> tuple[torch.device, torch.dtype | None, bool]:
     print(
         f"device {device}, precision {precision}, compile {'on' if compile else 'off'}"
         f"{'' if compiler else ' (no C++ compiler)'}, {torch.get_num_threads()} threads"
+        f"{f', {WORLD} processes' if WORLD > 1 else ''}"
     )
     torch.set_float32_matmul_precision("high")
     torch.set_flush_denormal(True)  # early steps are several times slower without it on a CPU
@@ -205,7 +231,26 @@ def resolve_machine(c: Config) -> tuple[torch.device, torch.dtype | None, bool]:
         # keep freed memory: glibc hands large blocks back, and each step pays page faults for them
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
             ctypes.CDLL(None).mallopt(option, value)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if WORLD > 1 and not dist.is_initialized():
+        # the others wait while the first fills the cache
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
     return torch.device(device), dtype, compile
+
+
+def add_over_processes(tensors: list[Tensor]) -> None:
+    """Replaces each tensor by its sum over the processes: one message for all of them."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(part.view_as(tensor))
+
+
+def wait_for_all() -> None:
+    """Returns once every process is here."""
+    if WORLD > 1:
+        dist.barrier()
 
 
 def checksum(tensors: dict[str, Tensor], metadata: dict) -> str:
@@ -252,10 +297,22 @@ def load_model(path: Path) -> tuple[M.BLIP3o, M.Tokenizer, Config, dict]:
 # ------------------------------------------------------------------------------------------- stages
 
 
-class Run:
-    """A run: its settings, set, model and caches, and the loss of every stage.
+class Rows(NamedTuple):
+    """What one process takes of a step's batch in one go."""
 
-    Each stage has a method STAGE_loss(rng, ids) -> loss, parts to log; ids are rows of the set.
+    places: np.ndarray  # in the batch
+    ids: np.ndarray  # in the set
+    rngs: list[np.random.Generator]  # of each row's choices and noise
+    count: int  # rows of the whole batch
+    offset: float  # of its times
+
+
+class Run:
+    """A run: its settings, set, model and caches, and the batches and the loss of every stage.
+
+    Each stage has a method STAGE_batch(rows) -> {name: tensor}, all that a step reads and draws,
+    and STAGE_loss(**batch) -> losses (B,), parts to log, which computes and nothing else. But for
+    the contrastive loss, a loss is a mean over rows, so that a batch can be divided.
     """
 
     def __init__(self, config: Config):
@@ -273,9 +330,9 @@ class Run:
         raw = None if self.data.features is None else self.data.features.shape[-1]
         torch.manual_seed(config.seed)
         self.model = m = M.BLIP3o(config, len(self.tokenizer), side, raw).to(self.device)
-        if compile:
-            for part in (m.backbone.trunk, m.head, m.decoder):
-                part.compile(dynamic=False)
+        self.compile = compile
+        for part in (m.backbone.trunk, m.head, m.decoder):
+            part.checkpoint = config.checkpoint
         self.metadata = {"version": VERSION, "config": asdict(config), "words": words}
         self.metadata |= {"side": side, "raw_channels": raw, "data": self.data.meta["settings"]}
 
@@ -287,38 +344,81 @@ class Run:
             return m.backbone.backbone_parameters()
         return [{"clip": m.clip, "vae": m.vae, "decode": m.decoder}[stage]]
 
-    def clip_loss(self, rng, ids):
-        captions = [self.data.texts(i)["caption"] for i in ids]
+    def clip_batch(self, rows):
+        captions = [self.data.texts(i)["caption"] for i in rows.ids]
         tokens = self.build([[("user", text), ("bot", None)] for text in captions])[0]
         _, number = np.unique(captions, return_inverse=True)
-        same = torch.from_numpy(number[:, None] == number).to(self.device).float()
-        parts = self.model.clip(self.pixels(ids), tokens, same)
+        same = torch.from_numpy(number[:, None] == number).float()
+        batch = {"images": self.images(rows.ids), "tokens": tokens, "same": same}
+        return batch | {"noise": draw_noise(rows.rngs, self.model.head.shape)}
+
+    def clip_loss(self, images, **batch):
+        parts = self.model.clip(M.to_pixels(images), batch["tokens"], batch["same"], batch["noise"])
         return parts["contrastive"] + self.config.pixel_weight * parts["pixels"], parts
 
-    def vae_loss(self, rng, ids):
-        parts = self.model.vae(self.pixels(ids))
+    def vae_batch(self, rows):
+        side = self.data.images.shape[1] // M.VAE.factor
+        noise = draw_noise(rows.rngs, (4, side, side))
+        return {"images": self.images(rows.ids), "noise": noise}
+
+    def vae_loss(self, images, noise):
+        parts = self.model.vae(M.to_pixels(images), noise)
         return parts["error"] + 1e-5 * parts["kl"], parts
 
-    def understand_loss(self, rng, ids):
-        rows = [understanding_row(self.data.texts(i), rng) for i in ids]
-        return self.model.backbone(*self.build(rows), self.cached("features", ids)), {}
+    def understand_batch(self, rows):
+        texts = (self.data.texts(i) for i in rows.ids)
+        dialogues = [understanding_row(text, rng) for text, rng in zip(texts, rows.rngs)]
+        tokens, learn = self.build(dialogues)
+        return {"ids": tokens, "learn": learn, "vectors": self.cached("features", rows.ids)}
 
-    def generate_loss(self, rng, ids, broad_share: float = 1.0):
-        c, texts = self.config, [self.data.texts(i) for i in ids]
-        broad = rng.random(len(ids)) < broad_share
+    def understand_loss(self, **batch):
+        return self.model.backbone(**batch), {}
+
+    def generate_batch(self, rows, broad_share: float = 1.0):
+        texts = [self.data.texts(i) for i in rows.ids]
+        broad = [rng.random() < broad_share for rng in rows.rngs]
         clean = [None if b else t["clean"] for t, b in zip(texts, broad)]
         prompts = [exact or t["caption"] for t, exact in zip(texts, clean)]
         tokens = self.build([[("user", text), ("queries", None)] for text in prompts])[0]
-        if c.joint:
-            states = self.model.backbone.states(tokens)[:, -c.queries :]
-        else:
-            states = self.model.backbone.query_states(tokens)
         # the draws of a clean prompt come from different pictures of it: they share one pass
         twins = [self.twins.get(exact, ()) for exact in clean]
-        pools = [pool if i in pool else [i] for i, pool in zip(ids, twins)]
-        x = self.cached("features", np.concatenate([rng.choice(p, c.draws) for p in pools]))
-        losses, t = M.flow_loss(self.model.head, x, states * self.kept(rng, ids), shift=c.shift)
-        return losses.mean(), noise_levels(losses, t)
+        pools = [pool if i in pool else [i] for i, pool in zip(rows.ids, twins)]
+        draws = self.config.draws
+        ids = np.concatenate([rng.choice(pool, draws) for rng, pool in zip(rows.rngs, pools)])
+        flow = self.flow_batch(rows, self.cached("features", ids), draws, self.config.shift)
+        return {"tokens": tokens, **flow}
+
+    def generate_loss(self, tokens, kept, **flow):
+        if self.config.joint:
+            states = self.model.backbone.states(tokens)[:, -self.config.queries :]
+        else:
+            states = self.model.backbone.query_states(tokens)
+        losses = M.flow_loss(self.model.head, cond=states * kept, **flow)
+        return losses, noise_levels(losses, flow["t"])
+
+    def tune_batch(self, rows):
+        return self.generate_batch(rows, self.config.broad_share)
+
+    tune_loss = generate_loss
+
+    def decode_batch(self, rows):
+        vectors = self.cached("features", rows.ids)
+        strength = [rng.random() * self.config.decoder_noise for rng in rows.rngs]
+        strength = torch.tensor(strength).view(-1, 1, 1)
+        vectors = vectors + strength * draw_noise(rows.rngs, vectors.shape[1:])
+        return {"vectors": vectors, **self.flow_batch(rows, self.cached("latents", rows.ids))}
+
+    def decode_loss(self, vectors, kept, **flow):
+        losses = M.flow_loss(self.model.decoder, cond=vectors * kept, **flow)
+        return losses, noise_levels(losses, flow["t"])
+
+    def flow_batch(self, rows, x: Tensor, draws: int = 1, shift: float = 1.0) -> dict[str, Tensor]:
+        """What flow matching draws for data x (b K, N, C); kept is 0 where a condition is dropped,
+        else 1: (b, 1, 1)."""
+        kept = torch.tensor([rng.random() >= self.config.drop for rng in rows.rngs])
+        noise = draw_noise(rows.rngs, (draws, *x.shape[1:])).flatten(0, 1)
+        t = M.spread_times(torch.from_numpy(rows.places), rows.count, draws, rows.offset)
+        return {"x": x, "noise": noise, "t": M.shift_time(t, shift), "kept": kept.view(-1, 1, 1)}
 
     @cached_property
     def twins(self) -> dict[str, np.ndarray]:
@@ -329,34 +429,27 @@ class Run:
                 rows[prompt].append(i)
         return {prompt: np.array(ids) for prompt, ids in rows.items()}
 
-    def tune_loss(self, rng, ids):
-        return self.generate_loss(rng, ids, self.config.broad_share)
-
-    def decode_loss(self, rng, ids):
-        vectors = self.cached("features", ids)
-        strength = torch.rand(len(ids), 1, 1, device=self.device) * self.config.decoder_noise
-        vectors = (vectors + strength * torch.randn_like(vectors)) * self.kept(rng, ids)
-        losses, t = M.flow_loss(self.model.decoder, self.cached("latents", ids), vectors)
-        return losses.mean(), noise_levels(losses, t)
+    def images(self, ids) -> Tensor:
+        return torch.from_numpy(self.data.images[ids])  # (B, S, S, 3) uint8
 
     def pixels(self, ids) -> Tensor:
-        return M.to_pixels(torch.from_numpy(self.data.images[ids]).to(self.device))
+        return M.to_pixels(self.images(ids).to(self.device))
 
     def cached(self, name: str, ids) -> Tensor:
         """Rows of the cache "features" or "latents": (B, N, C)."""
         if name not in self.caches:  # opened once: a map of each step would grow the process
             self.caches[name] = open_array(self.out / f"{name}.npy")
-        return torch.from_numpy(self.caches[name][ids]).to(self.device).float()
-
-    def kept(self, rng, ids) -> Tensor:
-        """0 for the share of rows whose condition is dropped, else 1: (B, 1, 1)."""
-        return torch.from_numpy(rng.random((len(ids), 1, 1)) >= self.config.drop).to(self.device)
+        return torch.from_numpy(self.caches[name][ids]).float()
 
     def build(self, rows) -> tuple[Tensor, Tensor]:
         c = self.config
         texts = (c.text_length, self.cut)
-        ids, learn = M.build_sequences(self.tokenizer, rows, c.tokens, c.queries, *texts)
-        return ids.to(self.device), learn.to(self.device)
+        return M.build_sequences(self.tokenizer, rows, c.tokens, c.queries, *texts)
+
+
+def draw_noise(rngs: list[np.random.Generator], shape: tuple) -> Tensor:
+    """Each row's noise from its own generator: (B, *shape)."""
+    return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
 
 
 def flat_texts(entry: dict) -> list[str]:
@@ -381,9 +474,9 @@ def understanding_row(entry: dict, rng) -> list[tuple[str, str | None]]:
 def noise_levels(losses: Tensor, t: Tensor, bins: int = 5) -> dict[str, Tensor]:
     """Mean loss in equal bins of t, the curves that fall where the total looks flat."""
     which = (t * bins).long().clamp(max=bins - 1)
-    sums = torch.zeros(bins, device=t.device).index_add(0, which, losses.detach())
-    counts = torch.bincount(which, minlength=bins).clamp_min(1)
-    return {f"loss_t{i / bins:.1f}": value for i, value in enumerate(sums / counts)}
+    both = torch.stack([losses.detach(), torch.ones_like(losses)])  # bincount would make cards wait
+    sums, counts = torch.zeros(2, bins, device=t.device).index_add(1, which, both)
+    return {f"loss_t{i / bins:.1f}": x for i, x in enumerate(sums / counts.clamp_min(1))}
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -457,9 +550,15 @@ class Trainer:
 
     def __init__(self, run: Run, stage: str):
         self.run, self.config, self.stage = run, run.config, stage
-        self.loss_of = getattr(run, f"{stage}_loss")
+        self.batch_of, self.loss_of = (getattr(run, f"{stage}_{end}") for end in ("batch", "loss"))
+        if run.compile:
+            self.loss_of = torch.compile(self.loss_of, fullgraph=True)
         self.steps = getattr(run.config, f"{stage}_steps")
         self.batch = getattr(run.config, f"{'generate' if stage == 'tune' else stage}_batch")
+        # the contrastive loss compares a whole batch: it is not divided, every process takes all
+        self.parts = 1 if stage == "clip" else run.config.accumulate
+        self.world, self.rank = (1, 0) if stage == "clip" else (WORLD, RANK)
+        self.reader, self.ahead = ThreadPoolExecutor(1), deque()
         run.model.requires_grad_(False)
         for part in run.trained(stage):
             part.requires_grad_(True)
@@ -527,29 +626,63 @@ class Trainer:
     def draw(self, step: int, pool=None) -> tuple[np.random.Generator, np.ndarray]:
         """Samples of a step, and the state of its choices: of (seed, stage, step) alone."""
         rng = np.random.default_rng([self.config.seed, STAGES.index(self.stage), step])
-        torch.manual_seed(int(rng.integers(2**62)))
         pool = self.run.data.train_ids if pool is None else pool
         return rng, np.sort(rng.choice(pool, self.batch, replace=len(pool) < self.batch))
 
-    def loss(self, step: int, pool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and parts of a step; its samples and noise depend on (seed, stage, step) alone."""
+    def batches(self, step: int, pool=None, whole: bool = False) -> list[dict[str, Tensor]]:
+        """This process's parts of a step, or the `whole` in one; each row is a function of (seed,
+        stage, step, its place), so that all ways to divide a batch are the same to rounding."""
         rng, ids = self.draw(step, pool)
-        device, dtype = self.run.device.type, self.run.dtype
-        with torch.autocast(device, dtype, enabled=dtype is not None):
-            return self.loss_of(rng, ids)
+        rngs, offset, made = rng.spawn(self.batch), rng.random(), []
+        parts = 1 if whole else self.parts * self.world
+        for places in np.split(np.arange(self.batch), parts)[
+            0 if whole else self.rank :: self.world
+        ]:
+            chosen = [rngs[i] for i in places]
+            batch = self.batch_of(Rows(places, ids[places], chosen, self.batch, offset))
+            pin = self.run.device.type == "cuda"
+            made.append({k: v.pin_memory() if pin else v for k, v in batch.items()})
+        return made
+
+    def next_batches(self) -> list[dict[str, Tensor]]:
+        """The batches of this step; those of the next are read and pinned behind its back."""
+        for step in range(self.step + len(self.ahead), min(self.step + 2, self.steps)):
+            self.ahead.append(self.reader.submit(self.batches, step))
+        return self.ahead.popleft().result()
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss and means of its parts, in the precision of the run."""
+        device, dtype = self.run.device, self.run.dtype
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            losses, parts = self.loss_of(**batch)
+        return losses.mean(), {name: value.detach().mean() for name, value in parts.items()}
+
+    def backward(self) -> dict[str, Tensor]:
+        """Gradients and values of a step, over its parts and over the processes."""
+        batches, total = self.next_batches(), Counter()
+        for batch in batches:
+            loss, parts = self.loss(batch)
+            loss = loss / (len(batches) * self.world)
+            self.scaler.scale(loss).backward()
+            total.update({"loss": loss.detach()})
+            total.update({k: v / (len(batches) * self.world) for k, v in parts.items()})
+        grads = [p.grad for p in self.trained.values() if p.grad is not None]
+        if self.world > 1:
+            add_over_processes([*grads, *total.values()])
+        return dict(total)
 
     def update(self) -> dict[str, float]:
         """One step: forward, backward, clip, optimiser, average; none where numbers go bad."""
         c = self.config
         peak = c.tune_lr if self.stage == "tune" else c.lr
         rate = learning_rate(self.step, self.steps, peak, c.warmup, c.cooldown)
-        loss, parts = self.loss(self.step, self.run.data.train_ids)
-        self.scaler.scale(loss).backward()
+        values = self.backward()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), c.clip_norm)
         # the flag stays on the device, since reading it would wait; too many in a row skip the rest
-        bad = (~(norm + loss.detach()).isfinite() | (self.in_row >= self.patience)).float()
+        bad = (~(norm + values["loss"]).isfinite() | (self.in_row >= self.patience)).float()
         self.skipped, self.in_row = self.skipped + bad, (self.in_row + 1) * bad
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -564,8 +697,7 @@ class Trainer:
             pairs = list(self.averages.values()), list(self.trained.values())
             torch._foreach_lerp_(*pairs, 1 - decay)
         self.step += 1
-        values = {"loss": loss, "rate": torch.tensor(rate), "norm": norm, "skipped": self.skipped}
-        return {name: value.detach() for name, value in (values | parts).items()}
+        return values | {"rate": torch.tensor(rate), "norm": norm.detach(), "skipped": self.skipped}
 
     def use_averages(self) -> dict[str, Tensor]:
         """Puts the averages into the model and returns what was there."""
@@ -590,8 +722,10 @@ def train_stage(run: Run, stage: str) -> None:
     c, trainer = run.config, Trainer(run, stage)
     trainer.restore()
     print(f"stage {stage}: {trainer.describe()}; step {trainer.step} of {trainer.steps}")
+    leads = RANK == 0
     begun, first = time.perf_counter() - trainer.seconds, trainer.step
-    bar = tqdm(total=trainer.steps, initial=first, desc=stage, unit="step")
+    steps = {"total": trainer.steps, "initial": first}
+    bar = tqdm(**steps, desc=stage, unit="step", disable=not leads)
     with bar, deferred_interrupt() as asked:
         while trainer.step < trainer.steps:
             values = trainer.update()
@@ -607,18 +741,21 @@ def train_stage(run: Run, stage: str) -> None:
                 )
             bar.update()
             trainer.seconds = time.perf_counter() - begun
-            if trainer.step % c.strip_every == 0 or last:
+            if leads and (trainer.step % c.strip_every == 0 or last):
                 live = trainer.use_averages()
                 save_strip(run, stage, trainer.step)
                 run.model.load_state_dict(live, strict=False)
-            if trainer.step % c.save_every == 0 or asked:
+            if leads and (trainer.step % c.save_every == 0 or asked):
                 trainer.save()
                 write_log(run.out / f"{stage}.csv", trainer.rows)
             if asked:
                 raise KeyboardInterrupt
     trainer.use_averages()
+    if not leads:
+        return
     with torch.no_grad():
-        held = [float(trainer.loss(2**31 + i, run.data.val_ids)[0]) for i in range(4)]
+        held = [trainer.batches(2**31 + i, run.data.val_ids, whole=True) for i in range(4)]
+        held = [float(trainer.loss(*batch)[0]) for batch in held]
     write_log(run.out / f"{stage}.csv", trainer.rows)
     cut = f", texts cut to {c.text_length} tokens: {dict(run.cut)}" if run.cut else ""
     print(f"stage {stage}: validation loss {np.mean(held):.4f}, {trainer.seconds:.0f} s{cut}")
@@ -680,13 +817,13 @@ def save_strip(run: Run, stage: str, step: int) -> None:
         shown = M.to_images(m.vae.decode(m.vae.encode(pixels)))
     elif stage == "decode":
         noise = torch.randn(len(ids), *m.decoder.shape, generator=generator).to(run.device)
-        shown = m.paint(run.cached("features", ids), noise, steps=4)
+        shown = m.paint(run.cached("features", ids).to(run.device), noise, steps=4)
     elif stage in ("generate", "tune") and m.clip is not None:
         kind = "clean" if stage == "tune" else "caption"
         texts = [run.data.texts(i)[kind] or run.data.texts(i)["caption"] for i in ids]
         tokens = run.build([[("user", text), ("queries", None)] for text in texts])
         noise = torch.randn(len(ids), *m.head.shape, generator=generator).to(run.device)
-        vectors = m.imagine(tokens[0], noise, guidance=2.0, shift=run.config.shift)
+        vectors = m.imagine(tokens[0].to(run.device), noise, guidance=2.0, shift=run.config.shift)
         # the decoder comes last: the tiny CLIP's own pixel head gives a preview
         shown = M.to_images(m.clip.rebuild(m.treatment.inverse(vectors)))
     else:
@@ -703,18 +840,26 @@ def train_run(config: Config) -> None:
         part = run.out / f"{stage}.safetensors"
         if getattr(config, f"{stage}_steps", 1) == 0:
             continue
-        if not part.exists():
+        missing = not part.exists()
+        wait_for_all()  # each has looked before one writes
+        if missing and RANK == 0:
             path.unlink(missing_ok=True)
-            fill_cache(run) if stage == "cache" else train_stage(run, stage)
+        if missing and stage != "cache":
+            train_stage(run, stage)
+        elif missing and RANK == 0:
+            fill_cache(run)
+        wait_for_all()
         tensors, metadata = load_weights(part)
         check_same(part, metadata, run.metadata)
         run.model.load_state_dict(tensors, strict=False)
-        for file in run.out.glob(f"{stage}.partial*"):  # here, for a kill before it
-            file.unlink()
         seconds[stage] = round(metadata["seconds"], 1)
-    if not path.exists():
-        save_weights(path, run.model.state_dict(), {**run.metadata, "seconds": seconds})
-    load_weights(path)
+        if RANK == 0:
+            for file in run.out.glob(f"{stage}.partial*"):  # here, for a kill before it
+                file.unlink()
+    if RANK == 0:
+        if not path.exists():
+            save_weights(path, run.model.state_dict(), {**run.metadata, "seconds": seconds})
+        load_weights(path)
     print(f"trained in {sum(seconds.values()):.0f} s: {path}")
 
 
@@ -723,6 +868,9 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     config = parse_config(arguments)
     try:
+        if RANK:  # one process speaks, writes and holds the folder for all of them
+            with redirect_stdout(io.StringIO()):
+                return train_run(config)
         with lock(config.out):
             train_run(config)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
