@@ -172,8 +172,7 @@ class Attention(nn.Module):
     def forward(self, x, context=None, mask=None, rope=None, cache=None) -> Tensor:
         """(B, T, D), context (B, M, D) -> (B, T, D).
 
-        cache is a list, empty or [keys, values] of earlier positions; it is brought up to date,
-        unless there is a gradient: a pass that is learned is the last one.
+        cache is a list, empty or [keys, values] of earlier positions; it is brought up to date.
         """
         context = x if context is None else context
         q = rearrange(self.q(x), "b t (h e) -> b h t e", h=self.heads)
@@ -183,7 +182,7 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         if cache:
             k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
-        if cache is not None and not torch.is_grad_enabled():
+        if cache is not None:
             cache[:] = [k, v]
         mixed = attention(q, k, v, mask)
         return self.out(rearrange(mixed, "b h t e -> b t (h e)"))
@@ -210,9 +209,13 @@ class Stack(nn.Module):
     checkpoint = False
 
     def through(self, block: nn.Module, *inputs) -> Tensor:
-        if self.checkpoint and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+        if not (self.checkpoint and torch.is_grad_enabled()):
+            return block(*inputs)
+
+        def again(*inputs):  # on copies of lists: a cache must not grow twice
+            return block(*(list(x) if isinstance(x, list) else x for x in inputs))
+
+        return checkpoint(again, *inputs, use_reentrant=False)
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:

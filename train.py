@@ -231,9 +231,9 @@ def resolve_machine(c: Config) -> tuple[torch.device, torch.dtype | None, bool]:
         # keep freed memory: glibc hands large blocks back, and each step pays page faults for them
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
             ctypes.CDLL(None).mallopt(option, value)
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if WORLD > 1 and not dist.is_initialized():
+    if WORLD > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # the others wait while the first fills the cache
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
     return torch.device(device), dtype, compile
@@ -697,7 +697,8 @@ class Trainer:
             pairs = list(self.averages.values()), list(self.trained.values())
             torch._foreach_lerp_(*pairs, 1 - decay)
         self.step += 1
-        return values | {"rate": torch.tensor(rate), "norm": norm.detach(), "skipped": self.skipped}
+        facts = {"rate": torch.tensor(rate), "norm": norm.detach(), "skipped": self.skipped}
+        return {"loss": values["loss"], **facts, **values}
 
     def use_averages(self) -> dict[str, Tensor]:
         """Puts the averages into the model and returns what was there."""

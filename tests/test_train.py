@@ -1,8 +1,11 @@
 """Laws of training: schedule, optimiser, what moves, what resumes, what is refused."""
 
 import csv
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -44,6 +47,12 @@ def start(copy, micro_flags):
         return train.Trainer(run, stage)
 
     return make
+
+
+def rows_of(ids):
+    """A whole batch of these rows of the set."""
+    rngs = np.random.default_rng(0).spawn(len(ids))
+    return train.Rows(np.arange(len(ids)), ids, rngs, len(ids), 0.5)
 
 
 def refused(capsys, arguments):
@@ -219,7 +228,7 @@ def test_stage_moves_what_it_trains(start, capsys, stage, flags, names):
 def test_gradients_where_they_should_be(start, stage, flags, names):
     """A backward pass reaches everything that the stage trains, and nothing else."""
     trainer = start(stage, "--drop", "0", *flags)
-    trainer.loss(0, trainer.run.data.train_ids)[0].backward()
+    trainer.loss(*trainer.batches(0))[0].backward()
     parameters = dict(trainer.run.model.named_parameters())
     reached = {n for n, p in parameters.items() if p.grad is not None and p.grad.any()}
     assert reached == {n for n in parameters if re.match(names, n)}
@@ -247,7 +256,7 @@ def test_stage_overfits_a_handful(start, stage):
 
     @torch.no_grad()
     def loss():
-        return np.mean([trainer.loss(2**20 + i, run.data.train_ids)[0].item() for i in range(8)])
+        return np.mean([trainer.loss(*trainer.batches(2**20 + i))[0].item() for i in range(8)])
 
     before = loss()
     for _ in range(60):
@@ -261,10 +270,10 @@ def test_batches_and_noise_depend_on_seed_stage_step(start):
 
     def drawn(stage, seed, step):
         trainer = start(stage, "--seed", str(seed))
-        trainer.loss_of = lambda rng, ids: (ids.tolist(), rng.random(), torch.randn(()).item())
         np.random.seed(len(seen))
         torch.manual_seed(len(seen))
-        return str(trainer.loss(step, trainer.run.data.train_ids))
+        batches = trainer.batches(step)
+        return str([(name, part.sum().item()) for name, part in batches[0].items()])
 
     seen = []
     for key in [("vae", 0, 3), ("vae", 0, 3), ("vae", 0, 4), ("decode", 0, 3), ("vae", 1, 3)]:
@@ -272,13 +281,83 @@ def test_batches_and_noise_depend_on_seed_stage_step(start):
     assert seen[0] == seen[1] and len(set(seen)) == 4
 
 
+@pytest.mark.parametrize("stage", [stage for stage in TRAINED if stage != "clip"])
+def test_a_batch_can_be_divided(start, stage):
+    """In one part, in two or in four, activations kept or not: loss and gradients are the same."""
+    results = []
+    for flags in (["1"], ["2"], ["4", "--checkpoint"]):
+        trainer = start(
+            stage, "--accumulate", *flags, f"--{stage.replace('tune', 'generate')}_batch", "8"
+        )
+        values = trainer.backward()
+        results.append((values, {n: p.grad for n, p in trainer.trained.items()}))
+    for values, gradients in results[1:]:
+        torch.testing.assert_close(values["loss"], results[0][0]["loss"])
+        torch.testing.assert_close(gradients, results[0][1], rtol=1e-3, atol=1e-5)
+
+
+def test_what_is_read_ahead_is_the_next_step(start):
+    """The batches that come while the step before is computed are those of their own step."""
+    trainer = start("decode")
+    for step in range(trainer.steps):
+        made = trainer.next_batches()
+        for name, value in trainer.batches(step)[0].items():
+            assert torch.equal(made[0][name], value), (step, name)
+        trainer.step += 1
+    assert not trainer.ahead
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_one_graph_and_no_other(start, stage):
+    """torch.compile takes a stage's loss as one graph, whole, and never again after the second
+    length of a text. (The graph alone: generating code from it takes a minute a stage.)"""
+    torch._dynamo.reset()
+    graphs = []
+    trainer = start(stage, f"--{stage}_steps", "40")
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    trainer.loss_of = torch.compile(trainer.loss_of, fullgraph=True, backend=backend)
+    for _ in range(12):
+        trainer.update()
+    warm = len(graphs)
+    assert warm <= 4  # with gradient and, for the first guess, without, at two lengths
+    for _ in range(20):
+        trainer.update()
+    assert len(graphs) == warm
+
+
+def test_two_processes_are_one(micro_flags, tmp_path):
+    """torchrun with two gives the losses and weights of one with the same batch, to rounding; the
+    second process leaves no file, and one process continues what two began."""
+    flags = [*micro_flags, "--vae_steps", "8"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *flags, "--out", str(tmp_path / "two")], env=environment, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    assert done.stdout.count(b"stage vae: trains") == 1 and b"2 processes" in done.stdout
+    train.main([*flags, "--out", str(tmp_path / "one")])
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert {path.name for path in (tmp_path / "two").iterdir()} == names
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+    for stage in TRAINED:
+        rows = [list(csv.DictReader(open(tmp_path / n / f"{stage}.csv"))) for n in ("one", "two")]
+        losses = [[float(row["loss"]) for row in each] for each in rows]
+        np.testing.assert_allclose(*losses, rtol=1e-3)
+
+
 def test_dropped_conditions(start):
     """A tenth of the conditions is dropped; where all are, nothing flows back to the queries."""
     trainer = start("generate")
-    kept = trainer.run.kept(np.random.default_rng(0), range(10_000)).float()
+    kept = torch.cat([trainer.batches(step)[0]["kept"] for step in range(2500)]).float()
     assert kept.unique().tolist() == [0, 1] and abs(kept.mean() - 0.9) < 0.01
     trainer = start("generate", "--drop", "1")
-    trainer.loss(0, trainer.run.data.train_ids)[0].backward()
+    trainer.loss(*trainer.batches(0))[0].backward()
     assert not trainer.trained["backbone.queries"].grad.any()
 
 
@@ -290,7 +369,7 @@ def test_captions_of_generation(start, stage, share, key):
     run, ids, asked = start(stage, "--broad_share", str(share)).run, np.arange(12), []
     build = run.build
     run.build = lambda rows: asked.extend(rows) or build(rows)
-    getattr(run, f"{stage}_loss")(np.random.default_rng(0), ids)
+    getattr(run, f"{stage}_batch")(rows_of(ids))
     texts = [run.data.texts(i) for i in ids]
     assert any(text["clean"] is None for text in texts)
     wanted = [text[key] or text["caption"] for text in texts]
@@ -304,7 +383,7 @@ def test_draws_share_their_prompt(start):
     cached, clean = run.cached, lambda i: run.data.texts(i)["clean"]
     run.cached = lambda name, ids: asked.append(ids) or cached(name, ids)
     for ids in (run.data.train_ids[:16], run.data.val_ids[:16]):
-        run.tune_loss(np.random.default_rng(0), ids)
+        run.tune_batch(rows_of(ids))
         for i, drawn in zip(ids, asked[-1].reshape(16, 8)):
             if clean(i) is None or i in run.data.val_ids:
                 assert set(drawn) == {i}
