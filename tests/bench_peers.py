@@ -24,11 +24,13 @@ e  one step of stage tune as `train.py` takes it, and bare forward, backward and
 """
 
 import argparse
+import itertools
 import math
 import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
+from importlib.metadata import distributions
 from pathlib import Path
 from unittest.mock import patch
 
@@ -36,6 +38,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -336,7 +339,7 @@ def row_c(bench: Bench, size: str):
         yield f"c {count} pictures, {size}", times, remark
 
 
-def open_run(bench: Bench, size: str, folder: str, scenes: int = 2000, **changes) -> train.Run:
+def open_run(bench: Bench, size: str, folder: str, scenes: int = 1000, **changes) -> train.Run:
     """A run of shapes with random weights and random features in its cache."""
     places = {"data": f"{folder}/data", "out": f"{folder}/run"}
     data.prepare_shapes(places["data"], count=scenes)
@@ -424,6 +427,33 @@ def loop_times(bench: Bench, trainer: train.Trainer) -> np.ndarray:
     return times[2:]
 
 
+def utilisation(bench: Bench, size: str, side: int = 4096, batches=(32, 128, 512, 2048)):
+    """Lines on stage generate, with more prompts a step while memory lasts.
+
+    The last column is the rate of the forward and backward pass's multiplications and additions,
+    in whole steps of `Trainer.update`, as a share of a square bf16 matmul's.
+    """
+    a, b = torch.randn(2, side, side, device=bench.device, dtype=torch.bfloat16)
+    best = 10 * 2 * side**3 / np.median(bench.race(lambda: [a @ b for _ in range(10)]))
+    for prompts in batches:
+        with tempfile.TemporaryDirectory() as folder:
+            run = open_run(bench, size, folder, scenes=2 * max(batches), generate_batch=prompts)
+            trainer = train.Trainer(run, "generate")
+            try:
+                torch.cuda.reset_peak_memory_stats() if bench.device == "cuda" else None
+                seconds = np.median(bench.race(trainer.update))
+            except torch.OutOfMemoryError:
+                return
+            peak = torch.cuda.max_memory_allocated() if bench.device == "cuda" else math.nan
+            with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as count:
+                trainer.loss(trainer.step, run.data.train_ids)[0].backward()
+        rate, images = count.get_total_flops() / seconds, prompts * run.config.draws
+        numbers = (
+            f"{images / seconds:.0f} | {peak / 1e9:.2f} | {rate / 1e12:.1f} | {rate / best:.1%}"
+        )
+        yield f"| {size}, {prompts} x {run.config.draws} | {numbers} |"
+
+
 ROWS = {"a": row_a, "b": row_b, "c": row_c, "d": row_d, "e": row_e}
 
 
@@ -442,12 +472,21 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(given.threads)
     bench = Bench(given.device, given.precision, given.rounds, given.tower)
     train.resolve_machine(bench.config("demo"))
+    packages = {package.name: package.version for package in distributions()}
+    names = ("torch", "timm", "diffusers", "transformers")
+    print(", ".join(f"{name} {packages.get(name, 'missing')}" for name in names), end="\n\n")
     print("| row, size | ours, ms | peer, ms | peer / ours | remark |\n|---|---|---|---|---|")
-    for row in given.rows:
+    for row, size in itertools.product(given.rows, given.sizes):
+        torch.manual_seed(0)
+        with redirect_stdout(sys.stderr):  # what a run says
+            lines = [table_row(*line) for line in ROWS[row](bench, size)]
+        print("\n".join(lines), flush=True)
+    if given.device == "cuda":
+        print("\n| stage generate | images/s | peak, GB | TFLOP/s | of a bf16 matmul's |")
+        print("|---|---|---|---|---|")
         for size in given.sizes:
-            torch.manual_seed(0)
             with redirect_stdout(sys.stderr):
-                lines = [table_row(*line) for line in ROWS[row](bench, size)]
+                lines = list(utilisation(bench, size))
             print("\n".join(lines), flush=True)
 
 
