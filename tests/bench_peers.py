@@ -101,7 +101,7 @@ class Bench:
 
     def race(self, *sides) -> np.ndarray:
         """Seconds (rounds, sides), taking turns, every other round in reverse."""
-        for side in sides * 2:
+        for side in sides:
             side()
         times = np.empty((self.rounds, len(sides)))
         for i in range(self.rounds):
@@ -445,7 +445,8 @@ def utilisation(bench: Bench, size: str, side: int = 4096, batches=(32, 128, 512
     """Lines on stage generate, with more prompts a step while memory lasts.
 
     The last column is the rate of the forward and backward pass's multiplications and additions,
-    in whole steps of `Trainer.update`, as a share of a square bf16 matmul's.
+    in whole steps of `Trainer.update`, as a share of a square bf16 matmul's. A test runs it on a
+    CPU; on a GPU it has not run yet.
     """
     a, b = torch.randn(2, side, side, device=bench.device, dtype=torch.bfloat16)
     best = 10 * 2 * side**3 / np.median(bench.race(lambda: [a @ b for _ in range(10)]))
@@ -490,18 +491,19 @@ def main(arguments: list[str] | None = None) -> None:
     names = ("torch", "timm", "diffusers", "transformers")
     print(", ".join(f"{name} {packages.get(name, 'missing')}" for name in names), end="\n\n")
     print("| row, size | ours, ms | peer, ms | peer / ours | remark |\n|---|---|---|---|---|")
-    for row, size in itertools.product(given.rows, given.sizes):
-        torch.manual_seed(0)
-        with redirect_stdout(sys.stderr):  # what a run says
-            lines = [table_row(*line) for line in ROWS[row](bench, size)]
-        print("\n".join(lines), flush=True)
-    if given.device == "cuda":
-        print("\n| stage generate | images/s | peak, GB | TFLOP/s | of a bf16 matmul's |")
-        print("|---|---|---|---|---|")
-        for size in given.sizes:
-            with redirect_stdout(sys.stderr):
-                lines = list(utilisation(bench, size))
-            print("\n".join(lines), flush=True)
+    table = sys.stdout
+    with redirect_stdout(sys.stderr):  # what a run says
+        for row, size in itertools.product(given.rows, given.sizes):
+            torch.manual_seed(0)
+            for line in ROWS[row](bench, size):
+                print(table_row(*line), file=table, flush=True)
+        if given.device == "cuda":
+            print(
+                "\n| stage generate | images/s | peak, GB | TFLOP/s | of a matmul's |", file=table
+            )
+            print("|---|---|---|---|---|", file=table)
+            for line in itertools.chain(*(utilisation(bench, size) for size in given.sizes)):
+                print(line, file=table, flush=True)
 
 
 if __name__ == "__main__":

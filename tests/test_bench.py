@@ -4,8 +4,18 @@ import re
 
 import bench_peers
 import pytest
+import torch
 
 TOWER = "vit_tiny_patch16_224"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """So small a size gains nothing from more, and beside other work it loses much."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("row", ["d", "e"])
