@@ -499,8 +499,10 @@ def decode_image(data):
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to white
             image = Image.fromarray(np.clip(np.asarray(image) / 257, 0, 255).astype(np.uint8))
-        white, image = Image.new("RGBA", image.size, "white"), image.convert("RGBA")
-        return Image.alpha_composite(white, image).convert("RGB")
+        if image.mode != "RGB" or "transparency" in image.info:
+            white, image = Image.new("RGBA", image.size, "white"), image.convert("RGBA")
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
     except Exception as error:  # Pillow's plugins raise nearly anything on broken data
         raise ValueError("broken image") from error
 
