@@ -445,7 +445,7 @@ def open_tower(name, tokens=64, weights=None):
     """
     patch, base = re.search(r"patch(\d+)", name), name.split(".")[0]
     message = f"tower {name!r} is unknown: expected a timm ViT, e.g. {EXAMPLE_TOWER}"
-    require(patch and timm.is_model(base), message)
+    require(patch and name in timm.list_models() + timm.list_pretrained(), message)
     eight = 8 * int(patch[1])  # the grid is a multiple of 8 patches, the side near 224 px
     side = eight * max(1, round(224 / eight))
     tagged = f"{base}.{getattr(timm.models.get_pretrained_cfg(name), 'tag', '')}"
@@ -458,8 +458,9 @@ def open_tower(name, tokens=64, weights=None):
     try:
         model = timm.create_model(name, pretrained=weights != "untrained", **options)
     except Exception as error:  # the hub, safetensors and timm each have their own kinds
-        source = weights or "timm's hub"
-        raise ValueError(f"cannot open tower {name} from {source}: {error!r}") from error
+        source = weights or "timm's hub (go online, or give a file of its weights by --weights)"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"cannot open tower {name} from {source}: {reason:.200}") from error
     facts = {key: list(model.pretrained_cfg[key]) for key in ("mean", "std")} | {"side": side}
     return Tower(model, tokens), facts
 
