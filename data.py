@@ -12,13 +12,19 @@ import inspect
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
+import signal
 import sys
 import tarfile
+import threading
 import zlib
-from collections import Counter, namedtuple
+from collections import Counter, deque, namedtuple
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from itertools import chain, cycle, groupby, islice, pairwise, permutations, product
 from pathlib import Path
 
@@ -576,24 +582,50 @@ def open_sample(parts):
     return decode_image(parts["image"]), caption
 
 
-def read_samples(sources, dropped):
+def read_groups(path, dropped):
+    """Yields (key, {"image": bytes, "txt": bytes}) of each sample of a source."""
+    seen = set()
+    for key, group in groupby(members(path, dropped), key=lambda member: member[0]):
+        parts = {}
+        for _, kind, raw in group:  # thousands of one name must not be held at once
+            dropped.update(["duplicate key"] * (kind in parts))
+            parts.setdefault(kind, raw)
+        if key not in seen:
+            yield key, parts
+        dropped.update(["duplicate key"] * (key in seen))
+        seen.add(key)
+
+
+def open_samples(sides, groups):
+    """[(key, parts)] -> for each (key, image or its squares of these sides, caption), or reason."""
+    opened = []
+    for key, parts in groups:
+        try:
+            image, caption = open_sample(parts)
+            opened.append((key, [square(image, side) for side in sides] or image, caption))
+        except ValueError as error:
+            opened.append(str(error))
+    return opened
+
+
+def read_samples(sources, dropped, sides=(), run=map):
     """Yields (key, RGB PIL image, caption) of every sound sample, in the order of the sources.
 
-    What is wrong with a sample drops it and is counted by reason in `dropped`, a Counter.
+    What is wrong with a sample drops it and is counted by reason in `dropped`, a Counter. With
+    `sides` the image is a list of its squares. run: `map`, or that of `helpers`.
     """
     for path in expand_sources(sources):
-        seen = set()
-        for key, group in groupby(members(path, dropped), key=lambda member: member[0]):
-            parts = {}
-            for _, kind, raw in group:  # thousands of one name must not be held at once
-                dropped.update(["duplicate key"] * (kind in parts))
-                parts.setdefault(kind, raw)
-            try:
-                require(key not in seen, "duplicate key")
-                yield key, *open_sample(parts)
-            except ValueError as error:
-                dropped[str(error)] += 1
-            seen.add(key)
+        groups = read_groups(path, dropped)
+        for opened in run(partial(open_samples, sides), batched(groups, 4)):
+            dropped.update(sample for sample in opened if isinstance(sample, str))
+            yield from (sample for sample in opened if not isinstance(sample, str))
+
+
+def batched(items, size):
+    """Lists of `size` items, the last one of what is left."""
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
 
 
 def square(image, side):
@@ -602,10 +634,55 @@ def square(image, side):
     return np.asarray(v2.functional.resize(image, [side, side], InterpolationMode.BICUBIC))
 
 
+# ------------------------------------------------------------------------------------- helpers
+
+
+def follow_parent():
+    """In a worker: Ctrl-C is for its parent, and it ends with that, even where that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=exit_after_parent, daemon=True).start()
+
+
+def exit_after_parent():
+    """Waits for the end of the process that started this one."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def in_order(pool, ahead, function, tasks):
+    """`map` in a pool: results in the order of the tasks, of which `ahead` are begun early."""
+    begun = deque()
+    for task in tasks:
+        begun.append(pool.submit(function, task))
+        if len(begun) > ahead:
+            yield begun.popleft().result()
+    yield from (future.result() for future in begun)
+
+
+@contextmanager
+def helpers(workers):
+    """Two forms of `map`: in so many processes, and in a thread; with 0 both are `map` itself."""
+    if not workers:
+        yield map, map
+        return
+    # never a plain fork: it would keep the folder locked, and breaks CUDA
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    context.set_forkserver_preload(["timm", "torchvision"])  # once for all workers
+    pool, thread = ProcessPoolExecutor(workers, context, follow_parent), ThreadPoolExecutor(1)
+    try:
+        yield partial(in_order, pool, 2 * workers + 8), partial(in_order, thread, 1)
+    except BrokenExecutor as error:
+        raise OSError("a process that opens pictures died: try fewer --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+        thread.shutdown(cancel_futures=True)
+
+
 # ------------------------------------------------------------------------------ the prepared set
 
 FORMAT = 2  # of the folder; raise it when an older folder must not be read
 LIMITS = {"count": (2, 10**9), "seed": (0, 2**63), "size": (8, 1024), "tokens": (1, 4096)}
+LIMITS |= {"workers": (-1, 61)}  # Windows has no more
 CHUNK = 1000  # scenes between two commits
 
 
@@ -712,10 +789,12 @@ def write_set(out, settings, sources, read):
                     entry[0] += array.nbytes
                     with open(out / f"{name}.raw", "ab") as file:
                         file.write(array.tobytes())
+                state["count"] += len(texts)
                 bar.update(len(texts))
             for file in out.glob("*.raw"):
                 flush(file)  # before the commit, for a machine without power
-            state |= {"units": state["units"] + 1, "count": bar.n, "dropped": dropped}
+            # sorted, because workers make it be counted in another order
+            state |= {"units": state["units"] + 1, "dropped": dict(sorted(dropped.items()))}
             write_json(out / "meta.json", state)
     lost, kept = sum(dropped.values()), state["count"]
     warning = "WARNING: MORE THAN HALF OF THE SAMPLES ARE LOST:" if lost > kept else ""
@@ -785,7 +864,14 @@ def fingerprint(path):
 
 
 def prepare_photos(
-    sources, out="data/photos", size=64, tower=None, tokens=64, weights=None, device="cpu"
+    sources,
+    out="data/photos",
+    size=64,
+    tower=None,
+    tokens=64,
+    weights=None,
+    device="cpu",
+    workers=-1,
 ):
     """Reads photos with captions into a folder; see `read_samples`.
 
@@ -796,8 +882,9 @@ def prepare_photos(
     tokens: vectors of the tower for an image
     weights: file of the tower's weights, or untrained; timm's hub without
     device: of the tower
+    workers: processes that open pictures; 0 = none, -1 = every core but one, 1 beside a CPU tower
     """
-    paths = expand_sources(sources)
+    paths, sides = expand_sources(sources), [size]
     names = [[os.path.basename(path), fingerprint(path)] for path in paths]
     settings = {"kind": "photos", "sources": names, "size": size, "tower": tower, "tokens": tokens}
     settings["weights"] = weights and str(weights)
@@ -808,18 +895,24 @@ def prepare_photos(
         model, facts = open_tower(tower, tokens, weights)
         model.to(device)
         settings |= facts
+        sides.append(facts["side"])
+    if workers < 0:  # a lone one without a tower is no faster than this process
+        spare, most = torch.get_num_threads() - 1, 1 if tower and device == "cpu" else 32
+        workers = min(spare, most) if tower or spare > 1 else 0
+
+    def encode(batch):
+        _, squares, captions = zip(*batch)
+        images, *views = map(np.stack, zip(*squares))
+        rows = {"images": images}
+        if tower:
+            pixels = torch.from_numpy(views[0]).to(device).permute(0, 3, 1, 2) / 255  # (B, 3, ...)
+            rows["features"] = model(pixels).half().cpu().numpy()
+        return [{"caption": text, "clean": None, "qa": []} for text in captions], rows
 
     def read(path, dropped):
-        samples = read_samples(path, dropped)
-        while batch := list(islice(samples, 32)):
-            rows = {"images": np.stack([square(image, size) for _, image, _ in batch])}
-            if tower:
-                views = np.stack([square(image, facts["side"]) for _, image, _ in batch])
-                pixels = torch.from_numpy(views).to(device).permute(0, 3, 1, 2) / 255  # (B, 3, ...)
-                rows["features"] = model(pixels).half().cpu().numpy()
-            yield [{"caption": text, "clean": None, "qa": []} for _, _, text in batch], rows
+        yield from thread_map(encode, batched(read_samples(path, dropped, sides, process_map), 32))
 
-    with lock(out):
+    with lock(out), helpers(workers) as (process_map, thread_map):
         return write_set(out, settings, paths, read)
 
 
