@@ -20,6 +20,7 @@ import signal
 import sys
 import tarfile
 import threading
+import time
 import zlib
 from collections import Counter, deque, namedtuple
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -776,9 +777,10 @@ def write_set(out, settings, sources, read):
             file.unlink()
         return PreparedSet(out)
     arrays, dropped = state["arrays"], Counter(state["dropped"])
+    begun, old = time.perf_counter(), state["count"]
     for file in out.glob("*.raw"):
         os.truncate(file, arrays.get(file.stem, [0])[0])
-    with tqdm(initial=state["count"], unit="image", desc=settings["kind"]) as bar:
+    with tqdm(initial=old, unit="image", desc=settings["kind"]) as bar:
         for source in sources[state["units"] :]:
             for texts, rows in read(source, dropped):
                 lines = [json.dumps(text, ensure_ascii=False).encode() for text in texts]
@@ -797,8 +799,12 @@ def write_set(out, settings, sources, read):
             state |= {"units": state["units"] + 1, "dropped": dict(sorted(dropped.items()))}
             write_json(out / "meta.json", state)
     lost, kept = sum(dropped.values()), state["count"]
+    size = sum(entry[0] for entry in arrays.values())
+    facts = f"{size / max(kept, 1):,.0f} bytes each, {size / 1e6:,.1f} MB"
+    rate = f"{(kept - old) / (time.perf_counter() - begun):,.1f} images/s"
     warning = "WARNING: MORE THAN HALF OF THE SAMPLES ARE LOST:" if lost > kept else ""
-    print(warning, f"{kept} samples kept, {lost} dropped", dict(dropped.most_common()) or "")
+    reasons = f" {dict(dropped.most_common())}" if lost else ""
+    print(warning, f"{kept} samples kept, {lost} dropped{reasons}; {facts}, {rate}")
     require(kept, f"no usable sample: {dict(dropped)}")
     for name, (_, dtype, shape) in arrays.items():
         raw = np.memmap(out / f"{name}.raw", dtype, "r").reshape(-1, *shape)  # (rows, ...)
