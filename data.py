@@ -12,13 +12,20 @@ import inspect
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
+import signal
 import sys
 import tarfile
+import threading
+import time
 import zlib
-from collections import Counter, namedtuple
+from collections import Counter, deque, namedtuple
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from itertools import chain, cycle, groupby, islice, pairwise, permutations, product
 from pathlib import Path
 
@@ -445,7 +452,7 @@ def open_tower(name, tokens=64, weights=None):
     """
     patch, base = re.search(r"patch(\d+)", name), name.split(".")[0]
     message = f"tower {name!r} is unknown: expected a timm ViT, e.g. {EXAMPLE_TOWER}"
-    require(patch and timm.is_model(base), message)
+    require(patch and name in timm.list_models() + timm.list_pretrained(), message)
     eight = 8 * int(patch[1])  # the grid is a multiple of 8 patches, the side near 224 px
     side = eight * max(1, round(224 / eight))
     tagged = f"{base}.{getattr(timm.models.get_pretrained_cfg(name), 'tag', '')}"
@@ -458,8 +465,9 @@ def open_tower(name, tokens=64, weights=None):
     try:
         model = timm.create_model(name, pretrained=weights != "untrained", **options)
     except Exception as error:  # the hub, safetensors and timm each have their own kinds
-        source = weights or "timm's hub"
-        raise ValueError(f"cannot open tower {name} from {source}: {error!r}") from error
+        source = weights or "timm's hub (go online, or give a file of its weights by --weights)"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"cannot open tower {name} from {source}: {reason:.200}") from error
     facts = {key: list(model.pretrained_cfg[key]) for key in ("mean", "std")} | {"side": side}
     return Tower(model, tokens), facts
 
@@ -499,8 +507,10 @@ def decode_image(data):
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to white
             image = Image.fromarray(np.clip(np.asarray(image) / 257, 0, 255).astype(np.uint8))
-        white, image = Image.new("RGBA", image.size, "white"), image.convert("RGBA")
-        return Image.alpha_composite(white, image).convert("RGB")
+        if image.mode != "RGB" or "transparency" in image.info:
+            white, image = Image.new("RGBA", image.size, "white"), image.convert("RGBA")
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
     except Exception as error:  # Pillow's plugins raise nearly anything on broken data
         raise ValueError("broken image") from error
 
@@ -573,24 +583,50 @@ def open_sample(parts):
     return decode_image(parts["image"]), caption
 
 
-def read_samples(sources, dropped):
+def read_groups(path, dropped):
+    """Yields (key, {"image": bytes, "txt": bytes}) of each sample of a source."""
+    seen = set()
+    for key, group in groupby(members(path, dropped), key=lambda member: member[0]):
+        parts = {}
+        for _, kind, raw in group:  # thousands of one name must not be held at once
+            dropped.update(["duplicate key"] * (kind in parts))
+            parts.setdefault(kind, raw)
+        if key not in seen:
+            yield key, parts
+        dropped.update(["duplicate key"] * (key in seen))
+        seen.add(key)
+
+
+def open_samples(sides, groups):
+    """[(key, parts)] -> for each (key, image or its squares of these sides, caption), or reason."""
+    opened = []
+    for key, parts in groups:
+        try:
+            image, caption = open_sample(parts)
+            opened.append((key, [square(image, side) for side in sides] or image, caption))
+        except ValueError as error:
+            opened.append(str(error))
+    return opened
+
+
+def read_samples(sources, dropped, sides=(), run=map):
     """Yields (key, RGB PIL image, caption) of every sound sample, in the order of the sources.
 
-    What is wrong with a sample drops it and is counted by reason in `dropped`, a Counter.
+    What is wrong with a sample drops it and is counted by reason in `dropped`, a Counter. With
+    `sides` the image is a list of its squares. run: `map`, or that of `helpers`.
     """
     for path in expand_sources(sources):
-        seen = set()
-        for key, group in groupby(members(path, dropped), key=lambda member: member[0]):
-            parts = {}
-            for _, kind, raw in group:  # thousands of one name must not be held at once
-                dropped.update(["duplicate key"] * (kind in parts))
-                parts.setdefault(kind, raw)
-            try:
-                require(key not in seen, "duplicate key")
-                yield key, *open_sample(parts)
-            except ValueError as error:
-                dropped[str(error)] += 1
-            seen.add(key)
+        groups = read_groups(path, dropped)
+        for opened in run(partial(open_samples, sides), batched(groups, 4)):
+            dropped.update(sample for sample in opened if isinstance(sample, str))
+            yield from (sample for sample in opened if not isinstance(sample, str))
+
+
+def batched(items, size):
+    """Lists of `size` items, the last one of what is left."""
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
 
 
 def square(image, side):
@@ -599,10 +635,55 @@ def square(image, side):
     return np.asarray(v2.functional.resize(image, [side, side], InterpolationMode.BICUBIC))
 
 
+# ------------------------------------------------------------------------------------- helpers
+
+
+def follow_parent():
+    """In a worker: Ctrl-C is for its parent, and it ends with that, even where that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=exit_after_parent, daemon=True).start()
+
+
+def exit_after_parent():
+    """Waits for the end of the process that started this one."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def in_order(pool, ahead, function, tasks):
+    """`map` in a pool: results in the order of the tasks, of which `ahead` are begun early."""
+    begun = deque()
+    for task in tasks:
+        begun.append(pool.submit(function, task))
+        if len(begun) > ahead:
+            yield begun.popleft().result()
+    yield from (future.result() for future in begun)
+
+
+@contextmanager
+def helpers(workers):
+    """Two forms of `map`: in so many processes, and in a thread; with 0 both are `map` itself."""
+    if not workers:
+        yield map, map
+        return
+    # never a plain fork: it would keep the folder locked, and breaks CUDA
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    context.set_forkserver_preload(["timm", "torchvision"])  # once for all workers
+    pool, thread = ProcessPoolExecutor(workers, context, follow_parent), ThreadPoolExecutor(1)
+    try:
+        yield partial(in_order, pool, 2 * workers + 8), partial(in_order, thread, 1)
+    except BrokenExecutor as error:
+        raise OSError("a process that opens pictures died: try fewer --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+        thread.shutdown(cancel_futures=True)
+
+
 # ------------------------------------------------------------------------------ the prepared set
 
 FORMAT = 2  # of the folder; raise it when an older folder must not be read
 LIMITS = {"count": (2, 10**9), "seed": (0, 2**63), "size": (8, 1024), "tokens": (1, 4096)}
+LIMITS |= {"workers": (-1, 61)}  # Windows has no more
 CHUNK = 1000  # scenes between two commits
 
 
@@ -696,9 +777,10 @@ def write_set(out, settings, sources, read):
             file.unlink()
         return PreparedSet(out)
     arrays, dropped = state["arrays"], Counter(state["dropped"])
+    begun, old = time.perf_counter(), state["count"]
     for file in out.glob("*.raw"):
         os.truncate(file, arrays.get(file.stem, [0])[0])
-    with tqdm(initial=state["count"], unit="image", desc=settings["kind"]) as bar:
+    with tqdm(initial=old, unit="image", desc=settings["kind"]) as bar:
         for source in sources[state["units"] :]:
             for texts, rows in read(source, dropped):
                 lines = [json.dumps(text, ensure_ascii=False).encode() for text in texts]
@@ -709,14 +791,20 @@ def write_set(out, settings, sources, read):
                     entry[0] += array.nbytes
                     with open(out / f"{name}.raw", "ab") as file:
                         file.write(array.tobytes())
+                state["count"] += len(texts)
                 bar.update(len(texts))
             for file in out.glob("*.raw"):
                 flush(file)  # before the commit, for a machine without power
-            state |= {"units": state["units"] + 1, "count": bar.n, "dropped": dropped}
+            # sorted, because workers make it be counted in another order
+            state |= {"units": state["units"] + 1, "dropped": dict(sorted(dropped.items()))}
             write_json(out / "meta.json", state)
     lost, kept = sum(dropped.values()), state["count"]
+    size = sum(entry[0] for entry in arrays.values())
+    facts = f"{size / max(kept, 1):,.0f} bytes each, {size / 1e6:,.1f} MB"
+    rate = f"{(kept - old) / (time.perf_counter() - begun):,.1f} images/s"
     warning = "WARNING: MORE THAN HALF OF THE SAMPLES ARE LOST:" if lost > kept else ""
-    print(warning, f"{kept} samples kept, {lost} dropped", dict(dropped.most_common()) or "")
+    reasons = f" {dict(dropped.most_common())}" if lost else ""
+    print(warning, f"{kept} samples kept, {lost} dropped{reasons}; {facts}, {rate}")
     require(kept, f"no usable sample: {dict(dropped)}")
     for name, (_, dtype, shape) in arrays.items():
         raw = np.memmap(out / f"{name}.raw", dtype, "r").reshape(-1, *shape)  # (rows, ...)
@@ -728,8 +816,8 @@ def write_set(out, settings, sources, read):
 class PreparedSet:
     """A finished folder of `prepare_shapes` or `prepare_photos`, opened as memory maps.
 
-    images: uint8 (N, S, S, 3); features: float16 (N, tokens, C) or None; train_ids, val_ids:
-    the rows of each split (2 % or 500 validate, at most half). ValueError if unfinished.
+    images: uint8 (N, S, S, 3); channels: C of a tower's `vectors`, None without them; train_ids,
+    val_ids: the rows of each split (2 % or 500 validate, at most half). ValueError if unfinished.
     """
 
     def __init__(self, folder):
@@ -739,7 +827,8 @@ class PreparedSet:
         require(finished, f"{folder} is not a finished set of format {FORMAT}: run data.py first")
         maps = {name: open_array(path.with_name(f"{name}.npy")) for name in self.meta["arrays"]}
         self.images, self._text, self._ends = maps["images"], maps["text"], maps["text_index"]
-        self.features = maps.get("features")
+        self._features, self._scales = maps.get("features"), maps.get("scales")
+        self.channels = None if self._features is None else math.prod(self._features.shape[2:])
         order, count = np.arange(len(self)), min(max(len(self) // 50, 500), len(self) // 2)
         if self.meta["settings"]["kind"] == "photos":  # the last shard may differ from the others
             order = np.random.default_rng(0).permutation(len(self))
@@ -747,6 +836,13 @@ class PreparedSet:
 
     def __len__(self):
         return len(self.images)
+
+    def vectors(self, ids):
+        """A tower's features of these rows: float32 (B, tokens, C), however they are stored."""
+        features = self._features[ids].astype(np.float32)
+        if self._scales is not None:
+            features *= self._scales[ids]
+        return features.reshape(*features.shape[:2], self.channels)
 
     def texts(self, i):
         """{"caption": str, "clean": str or None, "qa": [[question, answer], ...]} of row i."""
@@ -781,8 +877,26 @@ def fingerprint(path):
     return zlib.crc32(repr(facts).encode())
 
 
+def pack(features, int8):
+    """float (B, N, C) -> the arrays that hold it: float16, or int8 and scales of 32 channels."""
+    if not int8:
+        return {"features": features.half().cpu().numpy()}
+    blocks = features.unflatten(2, (-1, math.gcd(32, features.shape[2])))  # (B, N, C / 32, 32)
+    scales = (blocks.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-7).half()
+    values = (blocks / scales.float()).round().clamp(-127, 127).to(torch.int8)
+    return {"features": values.cpu().numpy(), "scales": scales.cpu().numpy()}
+
+
 def prepare_photos(
-    sources, out="data/photos", size=64, tower=None, tokens=64, weights=None, device="cpu"
+    sources,
+    out="data/photos",
+    size=64,
+    tower=None,
+    tokens=64,
+    weights=None,
+    device="cpu",
+    int8=False,
+    workers=-1,
 ):
     """Reads photos with captions into a folder; see `read_samples`.
 
@@ -793,11 +907,13 @@ def prepare_photos(
     tokens: vectors of the tower for an image
     weights: file of the tower's weights, or untrained; timm's hub without
     device: of the tower
+    int8: store the features as int8 with scales, in 53 % of the bytes of float16
+    workers: processes that open pictures; 0 = none, -1 = every core but one, 1 beside a CPU tower
     """
-    paths = expand_sources(sources)
+    paths, sides = expand_sources(sources), [size]
     names = [[os.path.basename(path), fingerprint(path)] for path in paths]
     settings = {"kind": "photos", "sources": names, "size": size, "tower": tower, "tokens": tokens}
-    settings["weights"] = weights and str(weights)
+    settings |= {"weights": weights and str(weights), "int8": int8}
     settings["weights_of"] = fingerprint(weights) if os.path.isfile(weights or "") else None
     if tower:
         usable = device in ("cpu", "cuda", "mps") and getattr(torch, device).is_available()
@@ -805,18 +921,24 @@ def prepare_photos(
         model, facts = open_tower(tower, tokens, weights)
         model.to(device)
         settings |= facts
+        sides.append(facts["side"])
+    if workers < 0:  # a lone one without a tower is no faster than this process
+        spare, most = torch.get_num_threads() - 1, 1 if tower and device == "cpu" else 32
+        workers = min(spare, most) if tower or spare > 1 else 0
+
+    def encode(batch):
+        _, squares, captions = zip(*batch)
+        images, *views = map(np.stack, zip(*squares))
+        rows = {"images": images}
+        if tower:
+            pixels = torch.from_numpy(views[0]).to(device).permute(0, 3, 1, 2) / 255  # (B, 3, ...)
+            rows |= pack(model(pixels), int8)
+        return [{"caption": text, "clean": None, "qa": []} for text in captions], rows
 
     def read(path, dropped):
-        samples = read_samples(path, dropped)
-        while batch := list(islice(samples, 32)):
-            rows = {"images": np.stack([square(image, size) for _, image, _ in batch])}
-            if tower:
-                views = np.stack([square(image, facts["side"]) for _, image, _ in batch])
-                pixels = torch.from_numpy(views).to(device).permute(0, 3, 1, 2) / 255  # (B, 3, ...)
-                rows["features"] = model(pixels).half().cpu().numpy()
-            yield [{"caption": text, "clean": None, "qa": []} for _, _, text in batch], rows
+        yield from thread_map(encode, batched(read_samples(path, dropped, sides, process_map), 32))
 
-    with lock(out):
+    with lock(out), helpers(workers) as (process_map, thread_map):
         return write_set(out, settings, paths, read)
 
 

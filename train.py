@@ -327,7 +327,7 @@ class Run:
         if (latents := side // M.VAE.factor) % config.decoder_patch:
             message = f"expected what divides the {latents} latents of a side"
             raise ValueError(f"--decoder_patch {config.decoder_patch}: {message}")
-        raw = None if self.data.features is None else self.data.features.shape[-1]
+        raw = self.data.channels
         torch.manual_seed(config.seed)
         self.model = m = M.BLIP3o(config, len(self.tokenizer), side, raw).to(self.device)
         self.compile = compile
@@ -784,11 +784,11 @@ def check_same(path: Path, found: dict, wanted: dict) -> None:
 @torch.no_grad()
 def fill_cache(run: Run) -> None:
     """Stage cache: features and latents of the whole set, once; the statistics that treat them."""
-    begun, m, count, raw = time.perf_counter(), run.model, len(run.data), run.data.features
+    begun, m, count = time.perf_counter(), run.model, len(run.data)
 
     def encode(ids):
-        if raw is not None:
-            return torch.from_numpy(raw[ids]).to(run.device).float()
+        if m.clip is None:
+            return torch.from_numpy(run.data.vectors(ids)).to(run.device)
         return m.clip.vectors(run.pixels(ids))
 
     sample = run.data.train_ids[:: max(1, len(run.data.train_ids) // 2000)]

@@ -25,6 +25,12 @@ from safetensors.torch import save_file
 import data
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """No worker processes where a test does not ask for them: they take seconds to start."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
+
 def encoded(image, kind="PNG", **options):
     """A PIL image as the bytes of a file."""
     file = io.BytesIO()
@@ -588,7 +594,10 @@ def test_quickgelu_weights_are_refused_under_the_plain_name(small):
     assert torch.allclose(activation(x), x * torch.sigmoid(1.702 * x))
 
 
-@pytest.mark.parametrize("name", ["nonsense", "resnet50", "vit_tiny_patch16", "patch16", ""])
+UNKNOWN = ["nonsense", "resnet50", "vit_tiny_patch16", "patch16", "", "vit_tiny_patch16_224.x"]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
 def test_an_unknown_tower_is_named(name):
     """The name that is wrong and one that is right are in the message."""
     with pytest.raises(ValueError, match=f"tower {name!r} is unknown.*tinyclip"):
@@ -609,19 +618,141 @@ def test_tower_weights_come_from_a_file(small, tmp_path):
             data.open_tower(name, 64, file)
 
 
+OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALF = ((0.5,) * 3, (0.5,) * 3)
+GOLDEN = {  # name: (mean, std), side, prefix tokens, width, licence
+    data.EXAMPLE_TOWER: (OPENAI, 256, 1, 256, "mit"),
+    "vit_base_patch16_clip_quickgelu_224.openai": (OPENAI, 256, 1, 768, "apache-2.0"),
+    "vit_base_patch32_clip_224.laion2b": (OPENAI, 256, 1, 768, "apache-2.0"),
+    "vit_large_patch14_clip_224.laion2b": (HALF, 224, 1, 1024, "apache-2.0"),
+    "vit_base_patch16_siglip_224.webli": (HALF, 256, 0, 768, "apache-2.0"),
+    "vit_base_patch16_siglip_gap_224.v2_webli": (HALF, 256, 0, 768, "apache-2.0"),
+    "eva02_base_patch16_clip_224.merged2b": (OPENAI, 256, 1, 768, "mit"),
+    "vit_large_patch14_clip_quickgelu_224.dfn2b": (OPENAI, 224, 1, 1024, "apple-ascl"),
+}
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """timm's towers with one block only; their tokens are the normalised pixels that they get."""
+    create, got = timm.create_model, []
+
+    def create_shallow(name, **options):
+        model = create(name, **{**options, "depth": 1})
+        forward = model.forward_features
+        model.forward_features = lambda x: got.append(x) or forward(x)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", create_shallow)
+    return got
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_tower_is_prepared_as_on_record(shallow, name):
+    """What each family is fed: mean, std, side; and what it gives: the grid's tokens, its width.
+
+    The pixels are those of timm's own transform, which resizes by the same filter, if that is
+    told our side: by itself it would not know it.
+    """
+    (mean, std), side, prefix, width, licence = GOLDEN[name]
+    tower, facts = data.open_tower(name, 64, "untrained")
+    assert facts == {"mean": list(mean), "std": list(std), "side": side}
+    assert (tower.model.num_prefix_tokens, tower.model.num_features) == (prefix, width)
+    config = timm.data.resolve_model_data_config(tower.model)
+    assert tower.model.pretrained_cfg["license"] == licence
+    assert config["input_size"][1] == 224  # so it can't be asked for the side
+    config |= {"input_size": (3, side, side), "crop_pct": 1.0}
+    picture = Image.open(io.BytesIO(photo(0, (300, 300)))).convert("RGB")
+    theirs = timm.data.create_transform(**config)(picture)
+    pixels = torch.from_numpy(data.square(picture, side).copy()).permute(2, 0, 1)[None] / 255
+    assert tower(pixels).shape == (1, 64, width)
+    assert torch.allclose(shallow[0][0], theirs, atol=1e-5)
+
+
+HUB = """We couldn't connect to the hub to load the files.
+Check your internet connection or see how to run in offline mode.
+
+    Very long advice. """
+
+
+@pytest.mark.parametrize("reason", [None, HUB + "x" * 500])
+def test_a_hub_out_of_reach_ends_in_one_line(monkeypatch, capsys, tmp_path, reason):
+    """It says what to do: to go online, or to give a file; whatever the hub's library says."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def fails(*_, **__):
+        raise OSError(reason)
+
+    if reason:
+        monkeypatch.setattr(timm, "create_model", fails)
+    with pytest.raises(SystemExit) as stop:
+        tower = ["--tower", data.EXAMPLE_TOWER, "--out", str(tmp_path / "set")]
+        data.main(["photos", str(tmp_path), *tower])
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and told.count("\n") == 1 and len(told) < 400
+    assert f"{data.EXAMPLE_TOWER} from timm's hub (go online, or give a file" in told
+    assert "--weights" in told and ("OSError: We couldn't connect" in told or not reason)
+
+
+@pytest.mark.parametrize("width, share", [(32, 1), (768, 1), (40, 1), (768, 30)])
+def test_int8_keeps_the_vectors(width, share):
+    """Within 1 % of the vectors, even where one channel is 30 times the others."""
+    features = torch.randn(4, 16, width, generator=torch.Generator().manual_seed(0)) * 0.3
+    features[..., 5] *= share
+    features[0, 0] = 0
+    packed = data.pack(features, True)
+    assert packed["features"].dtype == np.int8 and packed["scales"].dtype == np.float16
+    restored = packed["features"] * packed["scales"].astype(np.float32)
+    error = features - torch.from_numpy(restored).flatten(2)
+    other = torch.arange(width) // 32 != 5 // 32  # the blocks without the loud channel
+    if share > 1:
+        assert error.norm() < 0.02 * features.norm()
+        error, features = error[..., other], features[..., other]
+    assert error.norm() < 0.01 * features.norm() and not restored[0, 0].any()
+
+
+def test_both_forms_of_features_are_read_alike(small, tmp_path):
+    """`vectors` gives float32 rows of either; int8 is about half as large on the disk."""
+    path = shard(tmp_path / "0.tar", 0, 40)
+    sets, sizes = [], []
+    for int8 in (False, True):
+        torch.manual_seed(0)
+        tower = ("vit_tiny_patch16_224", 16, "untrained")
+        sets.append(data.prepare_photos(path, tmp_path / f"{int8}", 16, *tower, int8=int8))
+        files = (tmp_path / f"{int8}").glob("[fs][ec]a*.npy")
+        sizes.append(sum(path.stat().st_size - 128 for path in files))
+    ids = np.array([3, 0, 17])
+    exact, rough = (made.vectors(ids) for made in sets)
+    assert exact.dtype == rough.dtype == np.float32 and exact.shape == rough.shape == (3, 16, 32)
+    assert 0 < np.linalg.norm(exact - rough) < 0.01 * np.linalg.norm(exact)
+    assert sizes == [40 * 16 * 32 * 2, 40 * 16 * (32 + 2)]
+    assert sets[0].channels == sets[1].channels == 32
+
+
+def test_what_a_set_takes_is_said(tmp_path, capsys):
+    """One line with the samples, the bytes of one and of all, and the images a second."""
+    shard(tmp_path / "0.tar", 0, 6)
+    data.prepare_photos(tmp_path / "0.tar", tmp_path / "set", 16)
+    size = sum(path.stat().st_size - 128 for path in (tmp_path / "set").glob("*.npy"))
+    expected = rf"6 samples kept, 0 dropped; {size / 6:,.0f} bytes each, 0.0 MB, [\d,.]+ images/s"
+    assert re.search(expected, capsys.readouterr().out)
+
+
 def test_features_lie_beside_the_pictures(small, tmp_path):
     """Features are the tower's of the source image at its own size, under a name that says so."""
     name = "vit_tiny_patch16_224"
     shard(tmp_path / "0.tar", 0, 4)
     prepared = data.prepare_photos(tmp_path / "0.tar", tmp_path / "set", 16, name, 16, "untrained")
-    assert prepared.features.shape == (4, 16, 32) and prepared.features.dtype == np.float16
+    vectors = prepared.vectors(np.arange(4))
+    assert vectors.shape == (4, 16, 32) and vectors.dtype == np.float32 and prepared.channels == 32
     assert prepared.meta["settings"]["side"] == 256
     source = Image.open(io.BytesIO(photo(2, (24, 20)))).convert("RGB").crop((2, 0, 22, 20))
     view = np.asarray(source.resize((256, 256), Image.Resampling.BICUBIC))
     expected = data.Tower(small[0], 16)(torch.from_numpy(view.copy()).permute(2, 0, 1)[None] / 255)[
         0
     ]
-    assert np.allclose(prepared.features[2], expected.numpy(), atol=0.01)
+    assert np.allclose(vectors[2], expected.numpy(), atol=0.01)
 
 
 def test_other_weights_in_the_same_file_are_noticed(small, tmp_path):
