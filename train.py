@@ -96,10 +96,10 @@ class Config:
     decoder_noise: float = flag(0.5, "largest noise on the vectors that the decoder learns from")
     clip_steps: int = flag(600, "steps of stage clip")
     vae_steps: int = flag(600, "steps of stage vae")
-    understand_steps: int = flag(160, "steps of stage understand")
-    generate_steps: int = flag(200, "steps of stage generate")
-    tune_steps: int = flag(1750, "steps of stage tune")
-    decode_steps: int = flag(700, "steps of stage decode")
+    understand_steps: int = flag(300, "steps of stage understand")
+    generate_steps: int = flag(60, "steps of stage generate")
+    tune_steps: int = flag(1500, "steps of stage tune")
+    decode_steps: int = flag(900, "steps of stage decode")
     clip_batch: int = flag(24, "images a step of stage clip")
     vae_batch: int = flag(16, "images a step of stage vae")
     understand_batch: int = flag(16, "sequences a step of stage understand")
@@ -160,9 +160,9 @@ PRESETS = {
         **{"dit_width": 768, "dit_depth": 8, "dit_patch": 1, "shift": 3.5, "draws": 1},
         **{"decoder_width": 384, "decoder_depth": 8, "vae_width": 128, "vae_depth": 3},
         **{"vae_steps": 5000, "understand_steps": 10_000, "generate_steps": 50_000},
-        **{"tune_steps": 0, "decode_steps": 30_000, "vae_batch": 32, "understand_batch": 64},
-        **{"generate_batch": 64, "decode_batch": 32, "lr": 1e-3, "warmup": 500, "ema": 0.999},
-        **{"save_every": 1000, "strip_every": 1000},
+        **{"tune_steps": 0, "decode_steps": 30_000, "accumulate": 2, "vae_batch": 32},
+        **{"understand_batch": 64, "generate_batch": 64, "decode_batch": 32},
+        **{"lr": 1e-3, "warmup": 500, "ema": 0.999, "save_every": 1000, "strip_every": 1000},
     },
     "micro": {  # seconds, for tests
         **{f"{part}_width": 32 for part in ("clip", "dit", "decoder")},

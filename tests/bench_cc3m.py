@@ -28,12 +28,12 @@ PICTURES = 16  # drawn at once: four prompts, four pictures each
 
 
 def prepare(folder: Path, count: int = 256) -> None:
-    """A prepared set of noise, as a tower 768 wide leaves it, with captions of twenty words."""
+    """A prepared set of noise, as a tower 768 wide leaves it, with captions of twelve words."""
     rng = np.random.default_rng(0)
-    words = [f"word{i}" for i in range(2000)]
+    words = [f"word{i}" for i in range(600)]
 
     def read(_, dropped):
-        texts = [" ".join(rng.choice(words, 20)) for _ in range(count)]
+        texts = [" ".join(rng.choice(words, 12)) for _ in range(count)]
         rows = {"images": rng.integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)}
         rows["features"] = rng.standard_normal((count, TOKENS, CHANNELS)).astype(np.float16)
         yield [{"caption": text, "clean": None, "qa": []} for text in texts], rows

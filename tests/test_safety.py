@@ -217,9 +217,9 @@ def poison(monkeypatch, steps, value=torch.nan, where="loss"):
     """Loss, or gradient alone, is not finite at these steps."""
     original = train.Trainer.loss
 
-    def bad(trainer, step, pool):
-        loss, parts = original(trainer, step, pool)
-        if step not in steps:
+    def bad(trainer, batch):
+        loss, parts = original(trainer, batch)
+        if trainer.step not in steps:
             return loss, parts
         if where == "loss":
             return loss * value, parts
