@@ -269,6 +269,20 @@ def long_caption(objects, links, rng):
     return ", with ".join(filter(None, (text, " and ".join(clauses))))
 
 
+def long_prompts(count=500):
+    """Long captions of new scenes as prompts: exactly their objects are asked for."""
+    rng, words = np.random.default_rng(2**31), random.Random(2**31)
+    _, scenes = draw_scenes(category_prompts(rng, count), rng)
+    texts = [long_caption(objects, scene_links(objects), words) for objects in scenes]
+    pairs = [tuple(tuple(o[:2]) for o in objects) for objects in scenes]
+    return [Prompt(text, "long", objects) for text, objects in zip(texts, pairs)]
+
+
+def scene_links(objects):
+    """All (object, relation, object) that hold in a scene."""
+    return [(a, r, b) for a, b in permutations(objects, 2) for r in sorted(relation(a, b))]
+
+
 def short_caption(prompt, objects, rng):
     """GenEval's wording, or only a part of the scene, as in real captions."""
     if prompt.text and rng.random() < 0.5:
@@ -306,7 +320,7 @@ def questions(objects, links, rng):
 def scene_texts(prompt, objects, seed, index):
     """The texts of training scene `index`: {"caption": str, "clean": str or None, "qa": pairs}."""
     rng = random.Random(seed * 1_000_003 + index)
-    links = [(a, r, b) for a, b in permutations(objects, 2) for r in sorted(relation(a, b))]
+    links = scene_links(objects)
     long = rng.random() < 0.9
     caption = long_caption(objects, links, rng) if long else short_caption(prompt, objects, rng)
     return {"caption": caption, "clean": prompt.text or None, "qa": questions(objects, links, rng)}

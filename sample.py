@@ -179,6 +179,7 @@ def evaluate_shapes(studio: Studio, seed: int, count: int) -> dict:
     """ShapesEval with `count` pictures a prompt: the first ones drawn, nothing is chosen."""
     asked = data.eval_prompts()
     asked = {name: [p for p in asked[name] for _ in range(count)] for name in asked}
+    asked["long"] = data.long_prompts()
     tables, rng = {}, np.random.default_rng(seed)
     for name, prompts in asked.items():
         seeds = [seed * 1_000_000 + i for i in range(len(prompts))]
@@ -263,6 +264,16 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-3))))
 
 
+def matmul_rate(device, side: int = 2048) -> float:
+    """TFLOP/s of the best of five matmuls in float32: the machine's own rate."""
+    matrix, seconds = torch.rand(side, side, device=device), []
+    for _ in range(5):
+        begun = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - begun)
+    return 2 * side**3 / min(seconds) / 1e12
+
+
 def evaluate_run(studio: Studio, path: Path, seed: int, count: int) -> None:
     """Writes scores.json beside the weights."""
     begun, dataset = time.perf_counter(), data.PreparedSet(studio.config.data)
@@ -277,8 +288,8 @@ def evaluate_run(studio: Studio, path: Path, seed: int, count: int) -> None:
     seconds, target = studio.facts["seconds"], path.with_name("scores.json")
     scores |= {"seconds_total": round(sum(seconds.values()), 1), "seconds_by_stage": seconds}
     scores |= {"seconds_eval": round(time.perf_counter() - begun, 1), "seed": seed}
-    threads = f"{torch.get_num_threads()} threads"
-    scores["machine"] = f"{platform.machine()}, {threads}, {studio.device}"
+    threads = f"{torch.get_num_threads()} threads, {matmul_rate(studio.device):.2f} TFLOP/s"
+    scores["machine"] = f"{platform.machine()}, {studio.device}, {threads}"
     text = json.dumps(scores, indent=2)
     data.write_whole(target, lambda temporary: temporary.write_text(text))
     print(text, f"\n{target}")

@@ -160,7 +160,7 @@ PRESETS = {
         **{"dit_width": 768, "dit_depth": 8, "dit_patch": 1, "shift": 3.5, "draws": 1},
         **{"decoder_width": 384, "decoder_depth": 8, "vae_width": 128, "vae_depth": 3},
         **{"vae_steps": 5000, "understand_steps": 10_000, "generate_steps": 50_000},
-        **{"tune_steps": 0, "decode_steps": 30_000, "accumulate": 2, "vae_batch": 32},
+        **{"tune_steps": 0, "decode_steps": 30_000, "accumulate": 4, "vae_batch": 32},
         **{"understand_batch": 64, "generate_batch": 64, "decode_batch": 32},
         **{"lr": 1e-3, "warmup": 500, "ema": 0.999, "save_every": 1000, "strip_every": 1000},
     },
@@ -330,7 +330,7 @@ class Run:
         raw = self.data.channels
         torch.manual_seed(config.seed)
         self.model = m = M.BLIP3o(config, len(self.tokenizer), side, raw).to(self.device)
-        self.compile = compile
+        self.compile, self.reader = compile, ThreadPoolExecutor(1)
         for part in (m.backbone.trunk, m.head, m.decoder):
             part.checkpoint = config.checkpoint
         self.metadata = {"version": VERSION, "config": asdict(config), "words": words}
@@ -558,7 +558,7 @@ class Trainer:
         # the contrastive loss compares a whole batch: it is not divided, every process takes all
         self.parts = 1 if stage == "clip" else run.config.accumulate
         self.world, self.rank = (1, 0) if stage == "clip" else (WORLD, RANK)
-        self.reader, self.ahead = ThreadPoolExecutor(1), deque()
+        self.ahead = deque()  # batches in the making
         run.model.requires_grad_(False)
         for part in run.trained(stage):
             part.requires_grad_(True)
@@ -647,7 +647,7 @@ class Trainer:
     def next_batches(self) -> list[dict[str, Tensor]]:
         """The batches of this step; those of the next are read and pinned behind its back."""
         for step in range(self.step + len(self.ahead), min(self.step + 2, self.steps)):
-            self.ahead.append(self.reader.submit(self.batches, step))
+            self.ahead.append(self.run.reader.submit(self.batches, step))
         return self.ahead.popleft().result()
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -246,6 +246,21 @@ def test_yes_and_no_are_balanced(world):
         assert sorted(given) == ["no", "yes"]
 
 
+def test_long_prompts_name_their_scene():
+    """500 captions, most of them long, that name each object's shape and colour and no other."""
+    prompts = data.long_prompts()
+    assert len(prompts) == 500 and prompts == data.long_prompts()
+    assert {len(p.objects) for p in prompts} == {1, 2, 3, 4}
+    for prompt in prompts:
+        pairs = Counter(prompt.objects)
+        assert not HELD_OUT & set(pairs)
+        for i, words in enumerate((data.SHAPES, data.COLORS)):
+            named = set(re.findall("|".join(words), prompt.text))
+            assert named == {pair[i] for pair in pairs}, prompt
+        found = [data.Object(*pair, 0, 0, 1, 1) for pair in prompt.objects]
+        assert data.judge(prompt, found) and not data.judge(prompt, found[1:])
+
+
 def test_held_out_pairs_are_nowhere(world):
     """No scene, caption, question, answer or clean text holds a held-out pair."""
     names = re.compile("|".join(f"{color} {shape}" for shape, color in HELD_OUT))

@@ -133,25 +133,26 @@ def test_any_picture_can_be_shown(studio, tmp_path):
     assert opened.shape == (1, 64, 64, 3) and (opened == 255).all()
 
 
-KEYS = "seen_strict heldout_strict composed_strict seen_geneval per_category ceiling_render"
-KEYS += " ceiling_reconstruction floor color_entropy seconds_total seconds_by_stage seconds_eval"
-KEYS += " seed machine"
+KEYS = "seen_strict heldout_strict composed_strict long_strict seen_geneval ceiling_render"
+KEYS += " ceiling_reconstruction floor color_entropy per_category seconds_total seconds_by_stage"
+KEYS += " seconds_eval seed machine"
 
 
 def test_evaluation_writes_every_score(micro_run, tmp_path, monkeypatch):
     """scores.json lies beside the weights with every key, each score a share, and all seconds."""
     shutil.copy(micro_run / "model.safetensors", tmp_path)
     monkeypatch.setattr(data, "eval_prompts", lambda: FEW)
+    monkeypatch.setattr(data, "long_prompts", lambda: FEW["composed"][:2])
     sample.main(
         ["--run", str(tmp_path), "--evaluate", "--count", "1", "--steps", "1", "--seed", "5"]
     )
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert set(KEYS.split()) <= set(scores)
+    assert set(KEYS.split()) <= set(scores) and "TFLOP/s" in scores["machine"]
     for key in KEYS.split()[:9]:
         if key != "per_category":
             assert 0 <= scores[key] <= 1, key
     assert scores["ceiling_render"] == 1 and scores["seed"] == 5 and scores["seconds_eval"] > 0
-    assert set(scores["per_category"]) == {"seen", "heldout", "composed"}
+    assert set(scores["per_category"]) == {"seen", "heldout", "composed", "long"}
     assert set(scores["per_category"]["seen"]) - {"mean"} == {p.category for p in FEW["seen"]}
     stages = {"clip", "vae", "cache", "understand", "generate", "tune", "decode"}
     assert set(scores["seconds_by_stage"]) == stages
@@ -170,8 +171,9 @@ def test_what_is_scored_is_what_is_first_drawn(studio, monkeypatch):
 
     monkeypatch.setattr(studio, "draw", draw_once)
     monkeypatch.setattr(data, "eval_prompts", lambda: FEW)
+    monkeypatch.setattr(data, "long_prompts", lambda: FEW["composed"][:2])
     scores = sample.evaluate_shapes(studio, 2, 4)
-    assert [len(prompts) for prompts, _ in calls] == [24, 8, 8]
+    assert [len(prompts) for prompts, _ in calls] == [24, 8, 8, 2]
     assert calls[1][1] == [2_000_000 + i for i in range(8)] and len(set(calls[0][1])) == 24
     assert scores["seen_strict"] == scores["heldout_strict"] == scores["composed_strict"] == 1
 
