@@ -95,6 +95,7 @@ def test_help_lists_every_setting(capsys):
         (["--drop", "1.5"], "--drop"),
         (["--vae_width", "20"], "--vae_width"),
         (["--dit_patch", "3"], "--dit_patch"),
+        (["--accumulate", "3"], "--understand_batch"),
         (["--data", "/nowhere"], "/nowhere"),
     ],
 )
@@ -569,3 +570,12 @@ def test_logs_and_strips(micro_run):
         for strip in strips:
             width, height = Image.open(strip).size
             assert width // 64 == 8 and height // 64 == 2
+
+
+def test_presets_are_possible():
+    """Each preset is a valid Config; cc3m's flow head is as wide as a tower's features."""
+    for name in train.PRESETS:
+        config = train.parse_config(["--preset", name])
+        assert config.generate_steps > 0
+    config = train.parse_config(["--preset", "cc3m"])
+    assert config.dit_width >= config.channels == 768
