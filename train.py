@@ -612,7 +612,7 @@ class Trainer:
             raw = path.read_bytes()
             if hashlib.sha256(raw[32:]).digest() != raw[:32]:
                 print(f"{path} is damaged and deleted: going back to the one before")
-                path.unlink()
+                path.unlink(missing_ok=True)  # another process may be faster
                 continue
             state = torch.load(io.BytesIO(raw[32:]), self.run.device, weights_only=True)
             check_same(path, state["metadata"], self.run.metadata)
@@ -861,6 +861,8 @@ def train_run(config: Config) -> None:
         if not path.exists():
             save_weights(path, run.model.state_dict(), {**run.metadata, "seconds": seconds})
         load_weights(path)
+    if WORLD > 1:
+        dist.destroy_process_group()
     print(f"trained in {sum(seconds.values()):.0f} s: {path}")
 
 
