@@ -312,7 +312,8 @@ class Run:
 
     Each stage has a method STAGE_batch(rows) -> {name: tensor}, all that a step reads and draws,
     and STAGE_loss(**batch) -> losses (B,), parts to log, which computes and nothing else. But for
-    the contrastive loss, a loss is a mean over rows, so that a batch can be divided.
+    the contrastive loss, a loss is a mean over rows, so that a batch can be divided. Batches are
+    made in a thread, with numpy: torch's threads for large arrays there would slow the step's.
     """
 
     def __init__(self, config: Config):
@@ -404,12 +405,13 @@ class Run:
     def decode_batch(self, rows):
         vectors = self.cached("features", rows.ids)
         strength = [rng.random() * self.config.decoder_noise for rng in rows.rngs]
-        strength = torch.tensor(strength).view(-1, 1, 1)
-        vectors = vectors + strength * draw_noise(rows.rngs, vectors.shape[1:])
-        return {"vectors": vectors, **self.flow_batch(rows, self.cached("latents", rows.ids))}
+        batch = {"vectors": vectors, "strength": torch.tensor(strength).view(-1, 1, 1)}
+        batch["blur"] = draw_noise(rows.rngs, vectors.shape[1:])
+        return {**batch, **self.flow_batch(rows, self.cached("latents", rows.ids))}
 
-    def decode_loss(self, vectors, kept, **flow):
-        losses = M.flow_loss(self.model.decoder, cond=vectors * kept, **flow)
+    def decode_loss(self, vectors, strength, blur, kept, **flow):
+        cond = (vectors + strength * blur) * kept
+        losses = M.flow_loss(self.model.decoder, cond=cond, **flow)
         return losses, noise_levels(losses, flow["t"])
 
     def flow_batch(self, rows, x: Tensor, draws: int = 1, shift: float = 1.0) -> dict[str, Tensor]:
@@ -439,7 +441,7 @@ class Run:
         """Rows of the cache "features" or "latents": (B, N, C)."""
         if name not in self.caches:  # opened once: a map of each step would grow the process
             self.caches[name] = open_array(self.out / f"{name}.npy")
-        return torch.from_numpy(self.caches[name][ids]).float()
+        return torch.from_numpy(self.caches[name][ids].astype(np.float32))
 
     def build(self, rows) -> tuple[Tensor, Tensor]:
         c = self.config

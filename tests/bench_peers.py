@@ -142,7 +142,7 @@ def millions(*nets: nn.Module) -> str:
 class Lumina(nn.Module):
     """diffusers' Lumina-Next DiT behind the signature of our DiT; it predicts the velocity."""
 
-    predicts = "v"
+    predicts, recalls = "v", False
 
     def __init__(self, shape, cond_channels, width, depth, heads, patch):
         from diffusers import LuminaNextDiT2DModel
@@ -159,7 +159,7 @@ class Lumina(nn.Module):
         places = get_2d_rotary_pos_embed_lumina(width // heads, side // patch, side // patch)
         self.register_buffer("places", places, persistent=False)
 
-    def forward(self, x, t, cond):
+    def forward(self, x, t, cond, guess=None):
         """x (B, N, C), times (B,), condition (P, M, L) with B = P K -> (B, N, C)."""
         cond = cond.repeat_interleave(len(x) // len(cond), 0)  # it knows of no draws
         mask = torch.ones(cond.shape[:2], device=x.device)
@@ -171,7 +171,7 @@ class Lumina(nn.Module):
 class LabelDiT(nn.Module):
     """diffusers' DiT behind the signature of our DiT; its condition is a label, always 0."""
 
-    predicts = "v"
+    predicts, recalls = "v", False
 
     def __init__(self, shape, width, depth, heads, patch):
         from diffusers import DiTTransformer2DModel
@@ -183,7 +183,7 @@ class LabelDiT(nn.Module):
         # each of its blocks has a table of labels of its own: one label keeps that small
         self.net = DiTTransformer2DModel(**size, **grid, num_embeds_ada_norm=1)
 
-    def forward(self, x, t, cond):
+    def forward(self, x, t, cond, guess=None):
         label = torch.zeros(len(x), dtype=torch.long, device=x.device)
         x = rearrange(x, "b (r c) ch -> b ch r c", r=self.side)
         out = self.net(x, t * 1000, label, return_dict=False)[0]
@@ -273,6 +273,7 @@ def row_a(bench: Bench, size: str):
     x = torch.randn(c.generate_batch * c.draws, *shape, device=on)
     states = torch.randn(c.generate_batch, c.queries, c.width, device=on)
     vectors = torch.randn(c.generate_batch, *shape, device=on)
+    noise, t = torch.randn_like(x), torch.rand(len(x), device=on)
     ours = M.DiT(shape, c.width, *dit).to(on)
     plain = M.DiT(shape, c.channels, *dit, condition="grid").to(on)
     lumina, label = Lumina(shape, c.width, *dit).to(on), LabelDiT(shape, *dit).to(on)
@@ -283,7 +284,7 @@ def row_a(bench: Bench, size: str):
     )
     for name, net, cond, peer in rows:
         sides = [
-            bench.step(one, lambda one=one, cond=cond: M.flow_loss(one, x, cond)[0].mean())
+            bench.step(one, lambda one=one, cond=cond: M.flow_loss(one, x, noise, t, cond).mean())
             for one in (net, peer)
         ]
         batch = f"{c.generate_batch} x {c.draws} samples"
@@ -298,7 +299,7 @@ def row_b(bench: Bench, size: str):
     ids = torch.randint(0, 256, (c.understand_batch, 160), device=on)
     learn = torch.ones_like(ids, dtype=torch.bool)
     sides = [
-        bench.step(ours, lambda: ours(ids, learn)),
+        bench.step(ours, lambda: ours(ids, learn).mean()),
         bench.step(peer, lambda: peer(input_ids=ids, labels=ids, use_cache=False).loss),
     ]
     batch = f"{len(ids)} rows of {ids.shape[1]} tokens"
@@ -381,12 +382,18 @@ def row_d(bench: Bench, size: str):
             pixels = v2.functional.resize(run.pixels(ids), [facts["side"]] * 2, antialias=True)
             return treatment(tower((pixels + 1) / 2))[where].float()
 
+        def alone():
+            """A step that reads its own batch: one read ahead would be of the other side."""
+            trainer.ahead.clear()
+            trainer.steps = trainer.step + 1
+            trainer.update()
+
         def online():
             with patch.object(run, "cached", encode):
-                trainer.update()
+                alone()
 
         assert cached("features", [0]).shape == encode("features", [0]).shape
-        times = bench.race(trainer.update, online)
+        times = bench.race(alone, online)
     tower = f"{bench.tower} ({millions(tower)}, {facts['side']} px)"
     remark = f"{REASONS['d']}; {trainer.batch} pictures a step through {tower}"
     yield f"d cached or encoded online, {size}", times, remark
@@ -404,40 +411,33 @@ def row_e(bench: Bench, size: str):
 
 def loop_times(bench: Bench, trainer: train.Trainer) -> np.ndarray:
     """Seconds (rounds, 3) of a step, of its bare computation, and of getting its batch."""
-    run, net, batch = trainer.run, trainer.run.model, {}
-    states = torch.zeros(trainer.batch, run.config.queries, run.config.width, device=run.device)
+    net, read, batch, waits = trainer.run.model, trainer.next_batches, {}, []
 
-    def read_ids(ids):
-        batch["ids"] = ids
-        return states
-
-    def read_x(dit, x, cond, shift):
-        batch["x"] = x
-        return x.new_zeros(len(x)), x.new_zeros(len(x))
-
-    def read():
-        """The loss of the next step without its networks; leaves the batch to bare()."""
-        with (
-            patch.object(net.backbone, "query_states", read_ids),
-            patch.object(M, "flow_loss", read_x),
-            patch.object(train, "noise_levels", lambda *_: {}),
-        ):
-            trainer.loss(trainer.step, run.data.train_ids)
+    def watched():
+        begun = time.perf_counter()
+        made = read()
+        waits.append(time.perf_counter() - begun)
+        batch.update({name: value.to(bench.device) for name, value in made[0].items()})
+        return [dict(batch)]
 
     def bare():
+        given = dict(batch)
+        tokens, kept = given.pop("tokens"), given.pop("kept")
         with bench.autocast():
-            cond = net.backbone.query_states(batch["ids"])
-            losses = M.flow_loss(net.head, batch["x"], cond, shift=run.config.shift)[0]
+            cond = net.backbone.query_states(tokens) * kept
+            losses = M.flow_loss(net.head, cond=cond, **given)
         losses.mean().backward()
         for optimizer in trainer.optimizers:
             optimizer.step()
             optimizer.zero_grad()
 
+    trainer.next_batches = watched
+    trainer.update()
     times = np.empty((bench.rounds + 2, 3))
     for i in range(len(times)):
-        times[i, 2] = bench.seconds(read)
         for k, side in [(0, trainer.update), (1, bare)][:: 1 - 2 * (i % 2)]:
             times[i, k] = bench.seconds(side)
+        times[i, 2] = waits[-1]
     return times[2:]
 
 
@@ -461,7 +461,7 @@ def utilisation(bench: Bench, size: str, side: int = 4096, batches=(32, 128, 512
                 return
             peak = torch.cuda.max_memory_allocated() if bench.device == "cuda" else math.nan
             with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as count:
-                trainer.loss(trainer.step, run.data.train_ids)[0].backward()
+                trainer.loss(*trainer.batches(trainer.step))[0].backward()
         rate, images = count.get_total_flops() / seconds, prompts * run.config.draws
         numbers = (
             f"{images / seconds:.0f} | {peak / 1e9:.2f} | {rate / 1e12:.1f} | {rate / best:.1%}"
