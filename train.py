@@ -647,8 +647,10 @@ class Trainer:
         return made
 
     def next_batches(self) -> list[dict[str, Tensor]]:
-        """The batches of this step; those of the next are read and pinned behind its back."""
-        for step in range(self.step + len(self.ahead), min(self.step + 2, self.steps)):
+        """The batches of this step. Beside a card those of the next are read and pinned meanwhile;
+        a CPU has no core to spare for it."""
+        end = min(self.step + 1 + (self.run.device.type != "cpu"), self.steps)
+        for step in range(self.step + len(self.ahead), end):
             self.ahead.append(self.run.reader.submit(self.batches, step))
         return self.ahead.popleft().result()
 

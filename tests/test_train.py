@@ -298,14 +298,16 @@ def test_a_batch_can_be_divided(start, stage):
 
 
 def test_what_is_read_ahead_is_the_next_step(start):
-    """The batches that come while the step before is computed are those of their own step."""
+    """The batches that come while the step before is computed are those of their own step. (A CPU
+    does not read ahead: the meta device's name stands in for a card's.)"""
     trainer = start("decode")
+    trainer.run.device = torch.device("meta")
     for step in range(trainer.steps):
         made = trainer.next_batches()
         for name, value in trainer.batches(step)[0].items():
             assert torch.equal(made[0][name], value), (step, name)
         trainer.step += 1
-    assert not trainer.ahead
+        assert len(trainer.ahead) == (trainer.step < trainer.steps)
 
 
 @pytest.mark.parametrize("stage", TRAINED)
