@@ -452,7 +452,9 @@ def utilisation(bench: Bench, size: str, side: int = 4096, batches=(32, 128, 512
     best = 10 * 2 * side**3 / np.median(bench.race(lambda: [a @ b for _ in range(10)]))
     for prompts in batches:
         with tempfile.TemporaryDirectory() as folder:
-            run = open_run(bench, size, folder, scenes=2 * max(batches), generate_batch=prompts)
+            # the counter of FLOPs cannot follow a net through a call without gradient: no recall
+            changes = dict(generate_batch=prompts, recalls=False)
+            run = open_run(bench, size, folder, scenes=2 * max(batches), **changes)
             trainer = train.Trainer(run, "generate")
             try:
                 torch.cuda.reset_peak_memory_stats() if bench.device == "cuda" else None
