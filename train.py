@@ -636,10 +636,8 @@ class Trainer:
         stage, step, its place), so that all ways to divide a batch are the same to rounding."""
         rng, ids = self.draw(step, pool)
         rngs, offset, made = rng.spawn(self.batch), rng.random(), []
-        parts = 1 if whole else self.parts * self.world
-        for places in np.split(np.arange(self.batch), parts)[
-            0 if whole else self.rank :: self.world
-        ]:
+        parts = np.split(np.arange(self.batch), 1 if whole else self.parts * self.world)
+        for places in parts if whole else parts[self.rank :: self.world]:
             chosen = [rngs[i] for i in places]
             batch = self.batch_of(Rows(places, ids[places], chosen, self.batch, offset))
             pin = self.run.device.type == "cuda"
@@ -664,13 +662,11 @@ class Trainer:
 
     def backward(self) -> dict[str, Tensor]:
         """Gradients and values of a step, over its parts and over the processes."""
-        batches, total = self.next_batches(), Counter()
-        for batch in batches:
+        share, total = 1 / (self.parts * self.world), Counter()
+        for batch in self.next_batches():
             loss, parts = self.loss(batch)
-            loss = loss / (len(batches) * self.world)
-            self.scaler.scale(loss).backward()
-            total.update({"loss": loss.detach()})
-            total.update({k: v / (len(batches) * self.world) for k, v in parts.items()})
+            self.scaler.scale(loss * share).backward()
+            total.update({k: v * share for k, v in {"loss": loss.detach(), **parts}.items()})
         grads = [p.grad for p in self.trained.values() if p.grad is not None]
         if self.world > 1:
             add_over_processes([*grads, *total.values()])
@@ -727,10 +723,8 @@ def train_stage(run: Run, stage: str) -> None:
     c, trainer = run.config, Trainer(run, stage)
     trainer.restore()
     print(f"stage {stage}: {trainer.describe()}; step {trainer.step} of {trainer.steps}")
-    leads = RANK == 0
     begun, first = time.perf_counter() - trainer.seconds, trainer.step
-    steps = {"total": trainer.steps, "initial": first}
-    bar = tqdm(**steps, desc=stage, unit="step", disable=not leads)
+    bar = tqdm(total=trainer.steps, initial=first, desc=stage, unit="step", disable=RANK > 0)
     with bar, deferred_interrupt() as asked:
         while trainer.step < trainer.steps:
             values = trainer.update()
@@ -746,17 +740,17 @@ def train_stage(run: Run, stage: str) -> None:
                 )
             bar.update()
             trainer.seconds = time.perf_counter() - begun
-            if leads and (trainer.step % c.strip_every == 0 or last):
+            if RANK == 0 and (trainer.step % c.strip_every == 0 or last):
                 live = trainer.use_averages()
                 save_strip(run, stage, trainer.step)
                 run.model.load_state_dict(live, strict=False)
-            if leads and (trainer.step % c.save_every == 0 or asked):
+            if RANK == 0 and (trainer.step % c.save_every == 0 or asked):
                 trainer.save()
                 write_log(run.out / f"{stage}.csv", trainer.rows)
             if asked:
                 raise KeyboardInterrupt
     trainer.use_averages()
-    if not leads:
+    if RANK > 0:
         return
     with torch.no_grad():
         held = [trainer.batches(2**31 + i, run.data.val_ids, whole=True) for i in range(4)]
