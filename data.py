@@ -32,14 +32,10 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 
 def require(condition, message):
@@ -702,15 +698,12 @@ CHUNK = 1000  # scenes between two commits
 
 
 def lock(folder):
-    """Holds the folder while the returned file is open; ValueError if another process does."""
+    """Holds the folder inside of a `with`; ValueError if another process does."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    file = open(Path(folder) / ".lock", "a")
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        return FileLock(Path(folder) / ".lock").acquire(blocking=False)
+    except Timeout as error:
         raise ValueError(f"{folder} is in use by another process") from error
-    return file
 
 
 def flush(path):

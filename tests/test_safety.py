@@ -207,7 +207,8 @@ def test_a_lock_dies_with_its_process(tmp_path):
     script = f"import data, os; held = data.lock({str(tmp_path)!r}); os.kill(os.getpid(), 9)"
     root = Path(train.__file__).parent
     assert subprocess.run([train.sys.executable, "-c", script], cwd=root).returncode == -9
-    data.lock(tmp_path).close()
+    with data.lock(tmp_path):
+        pass
 
 
 # -------------------------------------------------------------------------------- numbers gone bad
