@@ -12,21 +12,17 @@ import inspect
 import io
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
-import signal
 import sys
 import tarfile
-import threading
 import time
 import zlib
-from collections import Counter, deque, namedtuple
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import Counter, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import chain, cycle, groupby, islice, pairwise, permutations, product
+from itertools import chain, cycle, groupby, islice, permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +30,7 @@ import timm
 import torch
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
+from torch.utils.data import BatchSampler
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
@@ -532,13 +529,12 @@ def head(file):
 
 
 class Header(tarfile.TarInfo):
-    """A header of a tar; ReadError if it is a long name or the like, which is read whole."""
+    """A header of a tar; ValueError if it is a long name or the like, which is read whole."""
 
     @classmethod
     def frombuf(cls, *arguments):
         member = super().frombuf(*arguments)
-        if member.type in b"xgXLK" and member.size > MAX_ROW:
-            raise tarfile.ReadError
+        require(member.type not in b"xgXLK" or member.size <= MAX_ROW, "a header too long")
         return member
 
 
@@ -549,25 +545,23 @@ def entries(path):
         yield from ((str(file), head(file.open("rb"))) for file in files)
     elif path.endswith(".tsv"):
         with open(path, "rb") as table:  # not csv, which merges rows that begin with a quote
-            rows = iter(lambda: table.readline(MAX_ROW), b"")
-            for number, (before, line) in enumerate(pairwise(chain([b"\n"], rows))):
-                if not before.endswith(b"\n"):
-                    continue  # the rest of a row that is too long
+            for number, line in enumerate(iter(lambda: table.readline(MAX_ROW), b"")):
                 caption, _, name = line.rstrip(b"\r\n").partition(b"\t")
                 image = Path(path).parent / os.fsdecode(name)
                 yield f"{number}.txt", caption
                 if os.path.isfile(image):
                     yield f"{number}{image.suffix}", head(image.open("rb"))
+                while line and not line.endswith(b"\n"):  # the rest of a row that is too long
+                    line = table.readline(MAX_ROW)
     else:
         with tarfile.open(path, "r|*", tarinfo=Header) as shard:
             for member in filter(tarfile.TarInfo.isfile, shard):
                 shard.members = []  # tarfile remembers every member otherwise
                 data = head(shard.extractfile(member))
-                if len(data) < min(member.size, MAX_BYTES + 1):
-                    raise EOFError
+                require(len(data) == min(member.size, MAX_BYTES + 1), "a file that is cut")
                 yield member.name, data
-            if shard.fileobj.read(512) != bytes(512):  # tarfile takes a broken header for the end
-                raise EOFError
+            # tarfile takes a broken header for the end
+            require(shard.fileobj.read(512) == bytes(512), "no end")
 
 
 def members(path, dropped):
@@ -579,18 +573,6 @@ def members(path, dropped):
                 yield os.path.join(os.path.dirname(name), stem), KINDS[ending.lower()], data
     except Exception:  # tarfile raises nearly anything on broken headers
         dropped["truncated shard"] += 1
-
-
-def open_sample(parts):
-    """{"image": bytes, "txt": bytes} -> RGB image, caption; ValueError with the reason to drop."""
-    require("image" in parts, "missing image")
-    require("txt" in parts, "missing caption")
-    require(max(map(len, parts.values())) <= MAX_BYTES, f"file over {MAX_BYTES // 2**20} MB")
-    require(len(parts["txt"]) <= MAX_CAPTION, f"caption over {MAX_CAPTION} bytes")
-    caption = " ".join(parts["txt"].decode("utf-8-sig", "replace").split())
-    require(caption, "empty caption")
-    require("\ufffd" not in caption, "caption is not UTF-8")
-    return decode_image(parts["image"]), caption
 
 
 def read_groups(path, dropped):
@@ -607,36 +589,46 @@ def read_groups(path, dropped):
         seen.add(key)
 
 
-def open_samples(sides, groups):
-    """[(key, parts)] -> for each (key, image or its squares of these sides, caption), or reason."""
-    opened = []
-    for key, parts in groups:
-        try:
-            image, caption = open_sample(parts)
-            opened.append((key, [square(image, side) for side in sides] or image, caption))
-        except ValueError as error:
-            opened.append(str(error))
-    return opened
+def open_sample(sides, sample):
+    """A sample of `read_groups` -> (key, image or its squares, caption), or a reason to drop it."""
+    key, parts = sample
+    try:
+        require("image" in parts, "missing image")
+        require("txt" in parts, "missing caption")
+        largest = max(map(len, parts.values()))
+        require(largest <= MAX_BYTES, f"file over {MAX_BYTES // 2**20} MB")
+        require(len(parts["txt"]) <= MAX_CAPTION, f"caption over {MAX_CAPTION} bytes")
+        caption = " ".join(parts["txt"].decode("utf-8-sig", "replace").split())
+        require(caption, "empty caption")
+        require("\ufffd" not in caption, "caption is not UTF-8")
+        image = decode_image(parts["image"])
+    except ValueError as reason:
+        return str(reason)
+    return key, [square(image, side) for side in sides] or image, caption
 
 
-def read_samples(sources, dropped, sides=(), run=map):
+def read_samples(sources, dropped, sides=(), workers=1):
     """Yields (key, RGB PIL image, caption) of every sound sample, in the order of the sources.
 
     What is wrong with a sample drops it and is counted by reason in `dropped`, a Counter. With
-    `sides` the image is a list of its squares. run: `map`, or that of `helpers`.
+    `sides` the image is a list of its squares. So many threads (Pillow lets them run at once) open
+    the next samples while the ones before are used.
     """
-    for path in expand_sources(sources):
-        groups = read_groups(path, dropped)
-        for opened in run(partial(open_samples, sides), batched(groups, 4)):
-            dropped.update(sample for sample in opened if isinstance(sample, str))
-            yield from (sample for sample in opened if not isinstance(sample, str))
+    with ThreadPoolExecutor(workers) as pool:
+        for path in expand_sources(sources):
+            opened = ()
+            for samples in chain(batched(read_groups(path, dropped)), [()]):
+                ready, opened = opened, pool.map(partial(open_sample, sides), samples)
+                for sample in ready:
+                    if isinstance(sample, str):
+                        dropped[sample] += 1
+                    else:
+                        yield sample
 
 
-def batched(items, size):
-    """Lists of `size` items, the last one of what is left."""
-    items = iter(items)
-    while batch := list(islice(items, size)):
-        yield batch
+def batched(items):
+    """Lists of 32 items, the last one of what is left."""
+    return BatchSampler(items, 32, drop_last=False)
 
 
 def square(image, side):
@@ -645,55 +637,11 @@ def square(image, side):
     return np.asarray(v2.functional.resize(image, [side, side], InterpolationMode.BICUBIC))
 
 
-# ------------------------------------------------------------------------------------- helpers
-
-
-def follow_parent():
-    """In a worker: Ctrl-C is for its parent, and it ends with that, even where that is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=exit_after_parent, daemon=True).start()
-
-
-def exit_after_parent():
-    """Waits for the end of the process that started this one."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def in_order(pool, ahead, function, tasks):
-    """`map` in a pool: results in the order of the tasks, of which `ahead` are begun early."""
-    begun = deque()
-    for task in tasks:
-        begun.append(pool.submit(function, task))
-        if len(begun) > ahead:
-            yield begun.popleft().result()
-    yield from (future.result() for future in begun)
-
-
-@contextmanager
-def helpers(workers):
-    """Two forms of `map`: in so many processes, and in a thread; with 0 both are `map` itself."""
-    if not workers:
-        yield map, map
-        return
-    # never a plain fork: it would keep the folder locked, and breaks CUDA
-    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-    context.set_forkserver_preload(["timm", "torchvision"])  # once for all workers
-    pool, thread = ProcessPoolExecutor(workers, context, follow_parent), ThreadPoolExecutor(1)
-    try:
-        yield partial(in_order, pool, 2 * workers + 8), partial(in_order, thread, 1)
-    except BrokenExecutor as error:
-        raise OSError("a process that opens pictures died: try fewer --workers") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-        thread.shutdown(cancel_futures=True)
-
-
 # ------------------------------------------------------------------------------ the prepared set
 
 FORMAT = 2  # of the folder; raise it when an older folder must not be read
 LIMITS = {"count": (2, 10**9), "seed": (0, 2**63), "size": (8, 1024), "tokens": (1, 4096)}
-LIMITS |= {"workers": (-1, 61)}  # Windows has no more
+LIMITS |= {"workers": (1, 256)}
 CHUNK = 1000  # scenes between two commits
 
 
@@ -903,7 +851,7 @@ def prepare_photos(
     weights=None,
     device="cpu",
     int8=False,
-    workers=-1,
+    workers=8,
 ):
     """Reads photos with captions into a folder; see `read_samples`.
 
@@ -915,7 +863,7 @@ def prepare_photos(
     weights: file of the tower's weights, or untrained; timm's hub without
     device: of the tower
     int8: store the features as int8 with scales, in 53 % of the bytes of float16
-    workers: processes that open pictures; 0 = none, -1 = every core but one, 1 beside a CPU tower
+    workers: threads that open pictures
     """
     paths, sides = expand_sources(sources), [size]
     names = [[os.path.basename(path), fingerprint(path)] for path in paths]
@@ -929,23 +877,18 @@ def prepare_photos(
         model.to(device)
         settings |= facts
         sides.append(facts["side"])
-    if workers < 0:  # a lone one without a tower is no faster than this process
-        spare, most = torch.get_num_threads() - 1, 1 if tower and device == "cpu" else 32
-        workers = min(spare, most) if tower or spare > 1 else 0
-
-    def encode(batch):
-        _, squares, captions = zip(*batch)
-        images, *views = map(np.stack, zip(*squares))
-        rows = {"images": images}
-        if tower:
-            pixels = torch.from_numpy(views[0]).to(device).permute(0, 3, 1, 2) / 255  # (B, 3, ...)
-            rows |= pack(model(pixels), int8)
-        return [{"caption": text, "clean": None, "qa": []} for text in captions], rows
 
     def read(path, dropped):
-        yield from thread_map(encode, batched(read_samples(path, dropped, sides, process_map), 32))
+        for batch in batched(read_samples(path, dropped, sides, workers)):
+            _, squares, captions = zip(*batch)
+            images, *views = map(np.stack, zip(*squares))
+            rows = {"images": images}
+            if tower:
+                pixels = torch.from_numpy(views[0]).to(device) / 255
+                rows |= pack(model(pixels.permute(0, 3, 1, 2)), int8)  # of (B, 3, side, side)
+            yield [{"caption": text, "clean": None, "qa": []} for text in captions], rows
 
-    with lock(out), helpers(workers) as (process_map, thread_map):
+    with lock(out):
         return write_set(out, settings, paths, read)
 
 

@@ -121,7 +121,7 @@ def main():
     parser.add_argument("sources", nargs="*", help="shards, as data.py photos takes them")
     parser.add_argument("--tower", default=data.EXAMPLE_TOWER)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--workers", type=int, default=-1)
+    parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--seconds", type=float, default=10, help="of each bare measurement")
     parser.add_argument("--towers", nargs="*", help="the table instead, of these or the usual ones")

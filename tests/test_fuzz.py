@@ -423,7 +423,6 @@ def folder(monkeypatch, tmp_path):
 @example(sources=["0.tar"], flags={"out": "\udcff"})
 def test_any_words_of_data(capsys, folder, sources, flags):
     """Photos from any place into any place, with any tower: a set, or one line."""
-    flags = {"workers": 0} | flags
     words = ["photos", *(f"--{name}={value}" for name, value in flags.items()), "--", *sources]
     outcome(capsys, data.main, words, "")
 

@@ -25,12 +25,6 @@ from safetensors.torch import save_file
 import data
 
 
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """No worker processes where a test does not ask for them: they take seconds to start."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-
-
 def encoded(image, kind="PNG", **options):
     """A PIL image as the bytes of a file."""
     file = io.BytesIO()
