@@ -99,8 +99,7 @@ TRAINING_PROMPTS = [SEEN_PROMPTS["single"], SEEN_PROMPTS["two"], FREE, *PLAIN_PR
 
 def parse_prompt(text):
     """The Prompt with this text, e.g. "two red triangles"; ValueError on any other wording."""
-    message = f"cannot parse {text!r}: expected e.g. 'a red circle left of a square'"
-    require(text in ALL_PROMPTS, message)
+    require(text in ALL_PROMPTS, f"cannot parse {text!r}: expected e.g. 'a circle above a square'")
     return ALL_PROMPTS[text]
 
 
@@ -267,8 +266,7 @@ def long_prompts(count=500):
     rng, words = np.random.default_rng(2**31), random.Random(2**31)
     _, scenes = draw_scenes(category_prompts(rng, count), rng)
     texts = [long_caption(objects, scene_links(objects), words) for objects in scenes]
-    pairs = [tuple(tuple(o[:2]) for o in objects) for objects in scenes]
-    return [Prompt(text, "long", objects) for text, objects in zip(texts, pairs)]
+    return [Prompt(t, "long", tuple(o[:2] for o in scene)) for t, scene in zip(texts, scenes)]
 
 
 def scene_links(objects):
@@ -427,8 +425,7 @@ class Tower(torch.nn.Module):
     def __init__(self, model, tokens):
         super().__init__()
         self.model, self.tokens = model, tokens
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1))
+        self.normal = {key: list(model.pretrained_cfg[key]) for key in ("mean", "std")}
         self.eval().requires_grad_(False)
 
     def train(self, mode=True):
@@ -437,7 +434,7 @@ class Tower(torch.nn.Module):
 
     def forward(self, images):
         """(B, 3, side, side) -> (B, tokens, C), after the model's last norm."""
-        tokens = self.model.forward_features((images - self.mean) / self.std)
+        tokens = self.model.forward_features(v2.functional.normalize(images, **self.normal))
         return pool_tokens(tokens[:, self.model.num_prefix_tokens :], self.tokens)
 
 
@@ -457,16 +454,15 @@ def open_tower(name, tokens=64, weights=None):
     weights: None = timm's own from the hub, a file of them, or "untrained" (for tests).
     ValueError where the name, the file or the network does not give the tower that was asked for.
     """
-    patch, base = re.search(r"patch(\d+)", name), name.split(".")[0]
+    patch = re.search(r"patch(\d+)", name)
     message = f"tower {name!r} is unknown: expected a timm ViT, e.g. {EXAMPLE_TOWER}"
     require(patch and name in timm.list_models() + timm.list_pretrained(), message)
+    # timm builds such weights with plain GELU and only notes it; the features are wrong
+    notes = str(getattr(timm.models.get_pretrained_cfg(name), "notes", ""))
+    right = re.sub(r"_clip_(\d)", r"_clip_quickgelu_\1", name)
+    require("QuickGELU" not in notes or right == name, f"use {right}: these weights need QuickGELU")
     eight = 8 * int(patch[1])  # the grid is a multiple of 8 patches, the side near 224 px
     side = eight * max(1, round(224 / eight))
-    tagged = f"{base}.{getattr(timm.models.get_pretrained_cfg(name), 'tag', '')}"
-    right = re.sub(r"_clip_(\d)", r"_clip_quickgelu_\1", tagged)
-    # timm builds such weights with plain GELU and says nothing; the features are wrong
-    fine = right == tagged or right not in timm.list_pretrained()
-    require(fine, f"these weights need QuickGELU: use {right} instead of {name}")
     file = weights and {"file": str(weights)}
     options = {"num_classes": 0, "img_size": side, "pretrained_cfg_overlay": file}
     try:
@@ -475,8 +471,8 @@ def open_tower(name, tokens=64, weights=None):
         source = weights or "timm's hub (go online, or give a file of its weights by --weights)"
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"cannot open tower {name} from {source}: {reason:.200}") from error
-    facts = {key: list(model.pretrained_cfg[key]) for key in ("mean", "std")} | {"side": side}
-    return Tower(model, tokens), facts
+    tower = Tower(model, tokens)
+    return tower, tower.normal | {"side": side}
 
 
 # ---------------------------------------------------------------------------------- real photos
@@ -494,9 +490,8 @@ def expand_sources(sources):
     patterns = [sources] if isinstance(sources, (str, Path)) else sources
     paths = [path for s in map(str, patterns) for path in sorted(glob.glob(s)) or [s]]
     for path in paths:
-        tar_or_table = path.endswith((".tar", ".tar.gz", ".tgz", ".tsv")) and os.path.isfile(path)
-        message = f"{path} is not a .tar shard, a .tsv table or a folder"
-        require(tar_or_table or os.path.isdir(path), message)
+        known = os.path.isfile(path) and path.endswith((".tar", ".tar.gz", ".tgz", ".tsv"))
+        require(known or os.path.isdir(path), f"{path} is no .tar shard, .tsv table or folder")
     return list(dict.fromkeys(paths))
 
 
