@@ -684,16 +684,31 @@ def read_json(path):
     raise ValueError(f"{path} is damaged or was edited: delete its folder and prepare it again")
 
 
-def write_array(path, dtype, shape, parts):
-    """Writes a .npy file of arrays that follow each other, whole or not at all.
+def write_header(file, dtype, shape):
+    """Writes the head of a .npy file, which is as long for any number of rows."""
+    facts = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, facts)
+
+
+def append(path, rows, size):
+    """Writes rows behind the first `size` bytes of rows in a .npy file; what was there is cut.
 
     Not through a memory map: a full disk would end the process without a word.
     """
+    shape = (size // rows[0].nbytes + len(rows), *rows.shape[1:])
+    with open(path, "rb+" if size else "wb") as file:
+        write_header(file, rows.dtype, shape)
+        file.seek(size, os.SEEK_CUR)
+        file.write(rows.tobytes())
+        file.truncate()
+
+
+def write_array(path, dtype, shape, parts):
+    """Writes a .npy file of arrays that follow each other, whole or not at all."""
 
     def write(temporary):
         with open(temporary, "wb") as file:
-            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
+            write_header(file, dtype, shape)
             for part in parts:
                 file.write(part)
 
@@ -712,9 +727,8 @@ def open_array(path):
 def write_set(out, settings, sources, read):
     """Writes what read(source, dropped) yields: [texts], {name: rows} -> PreparedSet.
 
-    Rows are appended to raw files; meta.json holds their lengths after each source, to which a
-    later run cuts them before it goes on, and the version once the set is finished. ValueError
-    where a set of other settings lies in the folder.
+    meta.json holds the files' sizes after each source, from which a later run goes on, and the
+    version once the set is finished. ValueError where a set of other settings lies in the folder.
     """
     out, settings = Path(out), settings | {"format": FORMAT}
     state = {"settings": settings, "units": 0, "count": 0, "arrays": {}, "dropped": {}}
@@ -723,13 +737,9 @@ def write_set(out, settings, sources, read):
         old = state["settings"]
         require(old == settings, f"{out} was prepared with other settings, {old}: delete it first")
     if "version" in state:
-        for file in out.glob("*.raw"):
-            file.unlink()
         return PreparedSet(out)
     arrays, dropped = state["arrays"], Counter(state["dropped"])
     begun, old = time.perf_counter(), state["count"]
-    for file in out.glob("*.raw"):
-        os.truncate(file, arrays.get(file.stem, [0])[0])
     with tqdm(initial=old, unit="image", desc=settings["kind"]) as bar:
         for source in sources[state["units"] :]:
             for texts, rows in read(source, dropped):
@@ -738,14 +748,12 @@ def write_set(out, settings, sources, read):
                 rows |= {"text": np.frombuffer(b"".join(lines), np.uint8), "text_index": ends}
                 for name, array in rows.items():
                     entry = arrays.setdefault(name, [0, array.dtype.str, array.shape[1:]])
+                    append(out / f"{name}.npy", array, entry[0])
                     entry[0] += array.nbytes
-                    with open(out / f"{name}.raw", "ab") as file:
-                        file.write(array.tobytes())
                 state["count"] += len(texts)
                 bar.update(len(texts))
-            for file in out.glob("*.raw"):
-                flush(file)  # before the commit, for a machine without power
-            # sorted, because workers make it be counted in another order
+            for name in arrays:
+                flush(out / f"{name}.npy")  # before the commit, for a machine without power
             state |= {"units": state["units"] + 1, "dropped": dict(sorted(dropped.items()))}
             write_json(out / "meta.json", state)
     lost, kept = sum(dropped.values()), state["count"]
@@ -756,11 +764,8 @@ def write_set(out, settings, sources, read):
     reasons = f" {dict(dropped.most_common())}" if lost else ""
     print(warning, f"{kept} samples kept, {lost} dropped{reasons}; {facts}, {rate}")
     require(kept, f"no usable sample: {dict(dropped)}")
-    for name, (_, dtype, shape) in arrays.items():
-        raw = np.memmap(out / f"{name}.raw", dtype, "r").reshape(-1, *shape)  # (rows, ...)
-        write_array(out / f"{name}.npy", raw.dtype, raw.shape, [raw])
     write_json(out / "meta.json", state | {"version": FORMAT})
-    return write_set(out, settings, sources, read)  # which tidies up, after a kill just here too
+    return PreparedSet(out)
 
 
 class PreparedSet:

@@ -58,7 +58,8 @@ def start(folder, shards, patience=None):
     torn = {path.name for path in folder.rglob("*.tmp") if path.stat().st_mtime >= begun}
     if doing.startswith("writing "):
         name = doing.removeprefix("writing ")
-        assert name.endswith(".raw") or f"{name}.tmp" in torn, (place, torn)
+        grows = name.endswith(".npy") and stage in ("photos", "shapes")
+        assert grows or f"{name}.tmp" in torn, (place, torn)
     elif not doing.startswith(("making ", "flushing ")):
         assert not torn, (place, torn)
     return place or "python: before the start"

@@ -350,7 +350,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("kind", ["shapes", "photos"])
-@pytest.mark.parametrize("kill", [0, 1, 2])
+@pytest.mark.parametrize("kill", [0, 1, 2, 3])
 def test_preparing_resumes_bytewise_the_same(tmp_path, monkeypatch, kind, kill):
     """Killed between a write and its commit, the same command again gives the same bytes."""
     for i in range(3):
@@ -371,8 +371,9 @@ def test_preparing_resumes_bytewise_the_same(tmp_path, monkeypatch, kind, kill):
         prepare(out=tmp_path / "killed")
     with pytest.raises(ValueError, match="is not a finished set"):
         data.PreparedSet(tmp_path / "killed")
-    with open(tmp_path / "killed/images.raw", "ab") as torn:
-        torn.write(b"half a row")
+    if kill < 3:  # the last commit follows no rows
+        with open(tmp_path / "killed/images.npy", "ab") as torn:
+            torn.write(b"half a row")
     monkeypatch.setattr(data, "write_json", commit)
     prepare(out=tmp_path / "killed")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
@@ -385,13 +386,19 @@ def test_a_finished_set_is_not_made_again(tmp_path, monkeypatch):
     assert len(data.prepare_shapes(tmp_path, 20)) == 20
 
 
-def test_a_kill_just_behind_the_end_leaves_no_rows(tmp_path):
-    """The set was finished, its raw rows not yet deleted: the same command does it."""
-    data.prepare_shapes(tmp_path, 20)
-    before = contents(tmp_path)
-    (tmp_path / "images.raw").write_bytes(b"left")
-    data.prepare_shapes(tmp_path, 20)
-    assert contents(tmp_path) == before
+def test_rows_lie_on_the_disk_once(tmp_path, monkeypatch):
+    """An unfinished set takes no more room than a finished one, and its files are sound arrays."""
+    monkeypatch.setattr(data, "CHUNK", 10)
+    commit, sizes = data.write_json, []
+
+    def measured(path, value):
+        sizes.append(sum(file.stat().st_size for file in tmp_path.glob("*")))
+        assert len(np.load(tmp_path / "images.npy")) == value["count"]
+        commit(path, value)
+
+    monkeypatch.setattr(data, "write_json", measured)
+    data.prepare_shapes(tmp_path, 40)
+    assert len(sizes) == 5 and sizes == sorted(sizes) and sizes[4] - sizes[3] < 500
 
 
 def test_other_settings_are_refused(tmp_path, monkeypatch):
@@ -437,8 +444,9 @@ def test_a_folder_that_changed_is_another_source(tmp_path):
 def test_an_unfinished_set_of_other_settings_is_refused(tmp_path, monkeypatch):
     """Rows of two seeds can't mix in one folder, not even after a kill."""
     monkeypatch.setattr(data, "CHUNK", 10)
-    monkeypatch.setattr(data, "write_array", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+    commits = iter([data.write_json] * 2)  # and then a kill
+    monkeypatch.setattr(data, "write_json", lambda *value: next(commits)(*value))
+    with pytest.raises(StopIteration):
         data.prepare_shapes(tmp_path, 20, seed=1)
     with pytest.raises(ValueError, match="'seed': 1"):
         data.prepare_shapes(tmp_path, 20, seed=2)

@@ -64,7 +64,7 @@ def work(folder, shards, pause):
         say(f"after {path.name}")
 
     class Appending:
-        """A file that grows slowly, for the rows of an unfinished set."""
+        """A file that grows slowly, for the rows of a set."""
 
         def __init__(self, file):
             self.file = file
@@ -76,13 +76,16 @@ def work(folder, shards, pause):
             self.file.close()
             say(f"after {Path(self.file.name).name}")
 
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
         def write(self, raw):
             say(f"writing {Path(self.file.name).name}")
             halves(self.file, raw)
 
     def opened(path, mode="r", **options):
         file = builtins.open(path, mode, **options)
-        return Appending(file) if Path(path).suffix == ".raw" and mode == "ab" else file
+        return Appending(file) if Path(path).suffix == ".npy" else file
 
     data.write_whole = train.write_whole = slow
     data.open = opened
