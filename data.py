@@ -6,7 +6,6 @@ the ShapesEval prompts; a reader of real photos; and the prepared set on disk bo
     python data.py photos 'shards/*.tar' --out data/photos --size 64 [--tower NAME]
 """
 
-import argparse
 import glob
 import inspect
 import io
@@ -19,6 +18,7 @@ import sys
 import tarfile
 import time
 import zlib
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -781,9 +781,8 @@ class PreparedSet:
         finished = self.meta.get("version") == FORMAT
         require(finished, f"{folder} is not a finished set of format {FORMAT}: run data.py first")
         maps = {name: open_array(path.with_name(f"{name}.npy")) for name in self.meta["arrays"]}
-        self.images, self._text, self._ends = maps["images"], maps["text"], maps["text_index"]
-        self._features, self._scales = maps.get("features"), maps.get("scales")
-        self.channels = None if self._features is None else math.prod(self._features.shape[2:])
+        self.maps, self.images = maps, maps["images"]
+        self.channels = math.prod(maps["features"].shape[2:]) if "features" in maps else None
         order, count = np.arange(len(self)), min(max(len(self) // 50, 500), len(self) // 2)
         if self.meta["settings"]["kind"] == "photos":  # the last shard may differ from the others
             order = np.random.default_rng(0).permutation(len(self))
@@ -794,15 +793,15 @@ class PreparedSet:
 
     def vectors(self, ids):
         """A tower's features of these rows: float32 (B, tokens, C), however they are stored."""
-        features = self._features[ids].astype(np.float32)
-        if self._scales is not None:
-            features *= self._scales[ids]
+        features = self.maps["features"][ids].astype(np.float32)
+        if "scales" in self.maps:
+            features *= self.maps["scales"][ids]
         return features.reshape(*features.shape[:2], self.channels)
 
     def texts(self, i):
         """{"caption": str, "clean": str or None, "qa": [[question, answer], ...]} of row i."""
-        start = self._ends[i - 1] if i else 0
-        return json.loads(self._text[start : self._ends[i]].tobytes())
+        start, end = self.maps["text_index"][i - 1] if i else 0, self.maps["text_index"][i]
+        return json.loads(self.maps["text"][start:end].tobytes())
 
 
 def prepare_shapes(out="data/shapes", count=60000, seed=0):
@@ -915,8 +914,7 @@ def command_line(about, arguments, limits, function=None, **commands):
     """Calls `function` or the command that is named; what is wrong ends in one line and code 2."""
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # answers may hold any character
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=about, formatter_class=style)
+    parser = ArgumentParser(description=about, formatter_class=RawDescriptionHelpFormatter)
     if function:
         add_flags(parser, function)
     else:
