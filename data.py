@@ -21,6 +21,7 @@ import zlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import chain, cycle, groupby, islice, permutations, product
 from pathlib import Path
@@ -675,12 +676,11 @@ def write_json(path, value):
 
 def read_json(path):
     """What `write_json` wrote; ValueError if anything in it has changed since."""
-    try:
+    # what no JSON raises, or none of ours
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         value = json.loads(path.read_text())
         if value.pop("crc32") == zlib.crc32(json.dumps(value).encode()):
             return value
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass  # no JSON, or none of ours
     raise ValueError(f"{path} is damaged or was edited: delete its folder and prepare it again")
 
 
