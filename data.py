@@ -898,7 +898,7 @@ def add_flags(parser, function):
     """A flag for each parameter: default and type of the signature, help of the docstring."""
     texts = dict(re.findall(r"^ +(\w+): (.+)", function.__doc__, re.M))
     for name, parameter in inspect.signature(function).parameters.items():
-        default, text = parameter.default, texts[name]
+        default, text = parameter.default, texts[name].replace("%", "%%")
         if default is False:
             parser.add_argument(f"--{name}", action="store_true", help=text)
         elif default in ((), parameter.empty):

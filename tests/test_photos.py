@@ -502,6 +502,17 @@ def test_the_command_line_prepares(tmp_path, capsys):
     assert json.loads((tmp_path / "meta.json").read_text())["count"] == 20
 
 
+@pytest.mark.parametrize("command", ["shapes", "photos"])
+def test_help_lists_every_flag(capsys, command):
+    """Each parameter with what the docstring says of it, as it stands there."""
+    with pytest.raises(SystemExit) as stop:
+        data.main([command, "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for line in re.findall(r"^    (\w+: .+)", getattr(data, f"prepare_{command}").__doc__, re.M):
+        assert all(part in told for part in line.split(": ")), line
+
+
 # ----------------------------------------------------------------------------------- towers
 
 
