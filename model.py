@@ -15,6 +15,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import timm
 import torch
@@ -170,14 +171,12 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)
 
     def forward(self, x, context=None, mask=None, rope=None, cache=None) -> Tensor:
-        """(B, T, D), context (B, M, D) -> (B, T, D).
+        """(B, T, D), context of `read` (two of (B, H, M, E)), None = x itself -> (B, T, D).
 
         cache is a list, empty or [keys, values] of earlier positions; it is brought up to date.
         """
-        context = x if context is None else context
-        q = rearrange(self.q(x), "b t (h e) -> b h t e", h=self.heads)
-        k, v = rearrange(self.kv(context), "b m (s h e) -> s b h m e", s=2, h=self.heads)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q = self.q_norm(rearrange(self.q(x), "b t (h e) -> b h t e", h=self.heads))
+        k, v = self.read(x) if context is None else context
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if cache:
@@ -186,6 +185,11 @@ class Attention(nn.Module):
             cache[:] = [k, v]
         mixed = attention(q, k, v, mask)
         return self.out(rearrange(mixed, "b h t e -> b t (h e)"))
+
+    def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of what is looked at: (B, M, D) -> two of (B, H, M, E)."""
+        k, v = rearrange(self.kv(context), "b m (s h e) -> s b h m e", s=2, h=self.heads)
+        return self.k_norm(k), v
 
 
 class SwiGLU(nn.Module):
@@ -290,13 +294,13 @@ class DiTBlock(nn.Module):
         self.mlp = SwiGLU(width)
         self.modulation = nn.Linear(width, (9 if cross else 6) * width)
 
-    def forward(self, x: Tensor, time: Tensor, cond: Tensor | None) -> Tensor:
-        """(B, N, D), (B, D), (P, M, D) -> (B, N, D); the K draws of a prompt are neighbours."""
+    def forward(self, x: Tensor, time: Tensor, cond: tuple[Tensor, Tensor] | None) -> Tensor:
+        """(B, N, D), (B, D), two of (P, H, M, E) -> (B, N, D); a prompt's K draws are neighbours."""
         mods = list(self.modulation(time)[:, None].chunk(9 if self.cross else 6, dim=-1))
         x = x + mods[0] * self.attention(modulate(x, *mods[1:3]))
         if self.cross is not None:
             # all draws of a prompt look at its M tokens at once: keys and values are made once
-            h = rearrange(modulate(x, *mods[7:9]), "(p k) n d -> p (k n) d", p=len(cond))
+            h = rearrange(modulate(x, *mods[7:9]), "(p k) n d -> p (k n) d", p=len(cond[0]))
             h = rearrange(self.cross(h, cond), "p (k n) d -> (p k) n d", n=x.shape[1])
             x = x + mods[6] * h
         return x + mods[3] * self.mlp(modulate(x, *mods[4:6]))
@@ -350,27 +354,44 @@ class DiT(Stack):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor, guess: Tensor | None = None) -> Tensor:
+    def read(self, cond: Tensor) -> "Condition":
+        """What all steps of a sampler need of a condition (P, M, L), made once."""
+        h = self.cond_embed(cond)  # (P, M, D)
+        if self.condition == "cross":
+            return Condition(self.pooled(h.mean(1)), [block.cross.read(h) for block in self.blocks])
+        grid = resize_grid(h, len(self.positions))
+        return Condition(self.pooled(h.mean(1)), [None] * len(self.blocks), grid)
+
+    def forward(self, x: Tensor, t: Tensor, cond, guess: Tensor | None = None) -> Tensor:
         """x (B, N, C) at times t (B,), condition (P, M, L) with B = P K -> (B, N, C).
 
-        guess (B, N, C) is what an earlier call made of the data, None is a guess of zeros.
+        cond may also be what `read` made of it; guess (B, N, C) is what an earlier call made of
+        the data, None is a guess of zeros.
         """
+        cond = self.read(cond) if isinstance(cond, Tensor) else cond
         if self.recalls:
             x = torch.cat([x, torch.zeros_like(x) if guess is None else guess], dim=-1)
-        draws = len(x) // len(cond)
+        draws = len(x) // len(cond.pooled)
         side = math.isqrt(x.shape[1]) // self.patch
         patches = dict(r=side, c=side, p=self.patch, q=self.patch)
         h = rearrange(x, "b (r p c q) ch -> b (r c) (p q ch)", **patches)
-        cond = self.cond_embed(cond)  # (P, M, D)
-        pooled = self.pooled(cond.mean(1)).repeat_interleave(draws, 0)
+        pooled = cond.pooled.repeat_interleave(draws, 0)
         time = F.silu(self.time(timestep_features(t)) + pooled)
         h = self.embed(h) + self.positions
-        if self.condition == "grid":
-            h = h + resize_grid(cond, h.shape[1]).repeat_interleave(draws, 0)
-        for block in self.blocks:
-            h = self.through(block, h, time, cond)
+        if cond.grid is not None:
+            h = h + cond.grid.repeat_interleave(draws, 0)
+        for block, context in zip(self.blocks, cond.contexts):
+            h = self.through(block, h, time, context)
         h = self.out(modulate(h, *self.modulation(time)[:, None].chunk(2, dim=-1)))
         return rearrange(h, "b (r c) (p q ch) -> b (r p c q) ch", **patches)
+
+
+class Condition(NamedTuple):
+    """A condition as a DiT has read it."""
+
+    pooled: Tensor  # (P, D), joins the time
+    contexts: list  # keys and values for each block's cross-attention, or None for each
+    grid: Tensor | None = None  # (P, N, D), added to the tokens
 
 
 def timestep_features(t: Tensor) -> Tensor:
@@ -466,10 +487,10 @@ def sample_flow(
         if guidance == 1:
             return velocity(dit, x, t, cond, guess)
         x, t, guess = (torch.cat([each, each]) for each in (x, t, guess))
-        both = velocity(dit, x, t, torch.cat([cond, 0 * cond]), guess)
-        c, u = both.chunk(2)  # two of (B, N, C)
+        c, u = velocity(dit, x, t, cond, guess).chunk(2)  # two of (B, N, C)
         return u + guidance * (c - u)
 
+    cond = dit.read(cond if guidance == 1 else torch.cat([cond, 0 * cond]))
     times = shift_time(torch.linspace(0, 1, steps + 1, device=noise.device), shift)
     x, data = noise, torch.zeros_like(noise)
     for i, (t, after) in enumerate(zip(times[:-1], times[1:])):

@@ -253,7 +253,7 @@ def test_new_blocks_are_the_identity(cross):
     dit = M.DiT((16, CHANNELS), 5, WIDTH, 2, 2, condition="cross" if cross else "grid")
     x, time, cond = torch.randn(4, 16, WIDTH), torch.randn(4, WIDTH), torch.randn(2, 4, WIDTH)
     for block in dit.blocks:
-        assert torch.equal(block(x, time, cond), x)
+        assert torch.equal(block(x, time, block.cross.read(cond) if cross else None), x)
     assert not dit(torch.randn(4, 16, CHANNELS), torch.rand(4), torch.randn(2, 4, 5)).any()
 
 
@@ -282,6 +282,19 @@ def test_draws_use_their_prompts_condition():
         x, t, cond = torch.randn(6, 16, CHANNELS), torch.rand(6), torch.randn(2, 4, 5)
         close(dit(x, t, cond), dit(x, t, cond.repeat_interleave(3, 0)))
         assert not torch.allclose(dit(x, t, cond), dit(x, t, cond.flip(0)), atol=1e-2)
+
+
+@pytest.mark.parametrize("condition", ["cross", "grid"])
+def test_a_condition_is_read_once(condition):
+    """All steps of a sampler share one reading of the condition, and end where steps by hand do."""
+    dit = lively(M.DiT((16, CHANNELS), 5, WIDTH, 2, 2, condition=condition))
+    x, cond, readings = torch.randn(2, 16, CHANNELS), torch.randn(2, 4, 5), []
+    by_hand = x
+    for t in (0.0, 0.5):
+        by_hand = by_hand + 0.5 * M.velocity(dit, by_hand, torch.full((2,), t), cond)
+    dit.cond_embed.register_forward_hook(lambda *_: readings.append(1))
+    close(M.sample_flow(dit, x, cond, steps=2), by_hand)
+    assert len(readings) == 1
 
 
 def test_dit_rows_are_independent(dit):
@@ -338,6 +351,9 @@ class Field(nn.Module):
     def __init__(self, formula, predicts="v"):
         super().__init__()
         self.formula, self.predicts, self.calls, self.recalls = formula, predicts, [], False
+
+    def read(self, cond):
+        return cond
 
     def forward(self, x, t, cond, guess=None):
         self.calls.append(len(x))
