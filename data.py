@@ -684,33 +684,28 @@ def read_json(path):
     raise ValueError(f"{path} is damaged or was edited: delete its folder and prepare it again")
 
 
-def write_header(file, dtype, shape):
-    """Writes the head of a .npy file, which is as long for any number of rows."""
-    facts = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, facts)
-
-
 def append(path, rows, size):
     """Writes rows behind the first `size` bytes of rows in a .npy file; what was there is cut.
 
     Not through a memory map: a full disk would end the process without a word.
     """
     shape = (size // rows[0].nbytes + len(rows), *rows.shape[1:])
+    facts = {"descr": rows.dtype.str, "fortran_order": False, "shape": shape}
     with open(path, "rb+" if size else "wb") as file:
-        write_header(file, rows.dtype, shape)
+        np.lib.format.write_array_header_1_0(file, facts)  # as long for any number of rows
         file.seek(size, os.SEEK_CUR)
         file.write(rows.tobytes())
         file.truncate()
 
 
-def write_array(path, dtype, shape, parts):
+def write_array(path, parts):
     """Writes a .npy file of arrays that follow each other, whole or not at all."""
 
     def write(temporary):
-        with open(temporary, "wb") as file:
-            write_header(file, dtype, shape)
-            for part in parts:
-                file.write(part)
+        size = 0
+        for rows in parts:
+            append(temporary, rows, size)
+            size += rows.nbytes
 
     write_whole(path, write)
 

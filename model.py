@@ -15,7 +15,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 import timm
 import torch
@@ -140,7 +139,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, M)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
+        scores = scores.masked_fill_(~mask, -math.inf)  # in place: nothing else needs them
     return scores.softmax(-1) @ v
 
 
@@ -295,7 +294,7 @@ class DiTBlock(nn.Module):
         self.modulation = nn.Linear(width, (9 if cross else 6) * width)
 
     def forward(self, x: Tensor, time: Tensor, cond: tuple[Tensor, Tensor] | None) -> Tensor:
-        """(B, N, D), (B, D), two of (P, H, M, E) -> (B, N, D); a prompt's K draws are neighbours."""
+        """(B, N, D), (B, D), two of (P, H, M, E) -> (B, N, D); the K draws of a prompt together."""
         mods = list(self.modulation(time)[:, None].chunk(9 if self.cross else 6, dim=-1))
         x = x + mods[0] * self.attention(modulate(x, *mods[1:3]))
         if self.cross is not None:
@@ -313,7 +312,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class DiT(Stack):
     """Diffusion transformer over a square grid of vectors; one class for every flow head.
 
-    shape      (N, C) of the grid; each of cond_channels is a condition's width L
+    shape      (N, C) of the grid; cond_width is L, the width of the conditioning tokens
     patch      groups patch x patch neighbours of the grid into one token
     condition  "cross": tokens in any order, read by cross-attention (the queries' states);
                "grid": vectors on a square grid of their own, resized to the token grid and added,
@@ -325,7 +324,7 @@ class DiT(Stack):
     def __init__(
         self,
         shape,
-        cond_channels,
+        cond_width,
         width,
         depth,
         heads,
@@ -342,7 +341,7 @@ class DiT(Stack):
         self.condition, self.predicts, self.recalls = condition, predicts, recalls
         self.embed = nn.Linear((1 + recalls) * channels * patch**2, width)
         self.time = mlp(256, width, width)
-        self.cond_embed = nn.Sequential(nn.Linear(cond_channels, width), nn.RMSNorm(width))
+        self.cond_embed = nn.Sequential(nn.Linear(cond_width, width), nn.RMSNorm(width))
         self.pooled = nn.Linear(width, width)
         cross = condition == "cross"
         self.blocks = nn.ModuleList(DiTBlock(width, heads, cross) for _ in range(depth))
@@ -354,13 +353,12 @@ class DiT(Stack):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def read(self, cond: Tensor) -> "Condition":
-        """What all steps of a sampler need of a condition (P, M, L), made once."""
-        h = self.cond_embed(cond)  # (P, M, D)
-        if self.condition == "cross":
-            return Condition(self.pooled(h.mean(1)), [block.cross.read(h) for block in self.blocks])
-        grid = resize_grid(h, len(self.positions))
-        return Condition(self.pooled(h.mean(1)), [None] * len(self.blocks), grid)
+    def read(self, cond: Tensor) -> tuple[Tensor, list, Tensor]:
+        """What all steps of a sampler need of a condition (P, M, L), made once: (P, D) that joins
+        the time, each block's keys and values, and the condition embedded (P, M, D)."""
+        cond = self.cond_embed(cond)
+        contexts = [block.cross.read(cond) if block.cross else None for block in self.blocks]
+        return self.pooled(cond.mean(1)), contexts, cond
 
     def forward(self, x: Tensor, t: Tensor, cond, guess: Tensor | None = None) -> Tensor:
         """x (B, N, C) at times t (B,), condition (P, M, L) with B = P K -> (B, N, C).
@@ -368,30 +366,21 @@ class DiT(Stack):
         cond may also be what `read` made of it; guess (B, N, C) is what an earlier call made of
         the data, None is a guess of zeros.
         """
-        cond = self.read(cond) if isinstance(cond, Tensor) else cond
+        pooled, contexts, cond = self.read(cond) if isinstance(cond, Tensor) else cond
         if self.recalls:
             x = torch.cat([x, torch.zeros_like(x) if guess is None else guess], dim=-1)
-        draws = len(x) // len(cond.pooled)
+        draws = len(x) // len(cond)
         side = math.isqrt(x.shape[1]) // self.patch
         patches = dict(r=side, c=side, p=self.patch, q=self.patch)
         h = rearrange(x, "b (r p c q) ch -> b (r c) (p q ch)", **patches)
-        pooled = cond.pooled.repeat_interleave(draws, 0)
-        time = F.silu(self.time(timestep_features(t)) + pooled)
+        time = F.silu(self.time(timestep_features(t)) + pooled.repeat_interleave(draws, 0))
         h = self.embed(h) + self.positions
-        if cond.grid is not None:
-            h = h + cond.grid.repeat_interleave(draws, 0)
-        for block, context in zip(self.blocks, cond.contexts):
+        if self.condition == "grid":
+            h = h + resize_grid(cond, h.shape[1]).repeat_interleave(draws, 0)
+        for block, context in zip(self.blocks, contexts):
             h = self.through(block, h, time, context)
         h = self.out(modulate(h, *self.modulation(time)[:, None].chunk(2, dim=-1)))
         return rearrange(h, "b (r c) (p q ch) -> b (r p c q) ch", **patches)
-
-
-class Condition(NamedTuple):
-    """A condition as a DiT has read it."""
-
-    pooled: Tensor  # (P, D), joins the time
-    contexts: list  # keys and values for each block's cross-attention, or None for each
-    grid: Tensor | None = None  # (P, N, D), added to the tokens
 
 
 def timestep_features(t: Tensor) -> Tensor:

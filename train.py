@@ -795,13 +795,13 @@ def fill_cache(run: Run) -> None:
     latents = torch.cat([m.vae.encode(run.pixels(ids)).cpu() for ids in parts])
     m.latent_treatment.fit(latents)
     encoders = {
-        "features": (m.head.shape, lambda ids: m.treatment(encode(ids))),
-        "latents": (m.decoder.shape, lambda ids: m.latent_treatment(m.vae.encode(run.pixels(ids)))),
+        "features": lambda ids: m.treatment(encode(ids)),
+        "latents": lambda ids: m.latent_treatment(m.vae.encode(run.pixels(ids))),
     }
     batches = np.split(np.arange(count), range(128, count, 128))
-    for name, (shape, encoded) in encoders.items():
+    for name, encoded in encoders.items():
         rows = (encoded(ids).half().cpu().numpy() for ids in tqdm(batches, name, unit="batch"))
-        write_array(run.out / f"{name}.npy", np.float16, (count, *shape), rows)
+        write_array(run.out / f"{name}.npy", rows)
     statistics = {k: v for k, v in m.state_dict().items() if "treatment." in k}
     facts = {**run.metadata, "seconds": time.perf_counter() - begun}
     save_weights(run.out / "cache.safetensors", statistics, facts)

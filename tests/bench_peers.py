@@ -144,7 +144,7 @@ class Lumina(nn.Module):
 
     predicts, recalls = "v", False
 
-    def __init__(self, shape, cond_channels, width, depth, heads, patch):
+    def __init__(self, shape, cond_width, width, depth, heads, patch):
         from diffusers import LuminaNextDiT2DModel
         from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
@@ -154,7 +154,7 @@ class Lumina(nn.Module):
         size = dict(hidden_size=width, num_layers=depth, multiple_of=32)
         size |= dict(num_attention_heads=heads, num_kv_heads=heads)
         grid = dict(sample_size=side, patch_size=patch, in_channels=shape[1], learn_sigma=False)
-        self.net = LuminaNextDiT2DModel(**size, **grid, cross_attention_dim=cond_channels)
+        self.net = LuminaNextDiT2DModel(**size, **grid, cross_attention_dim=cond_width)
         nn.init.zeros_(self.net.pad_token)  # unused, and left as it was found in memory
         places = get_2d_rotary_pos_embed_lumina(width // heads, side // patch, side // patch)
         self.register_buffer("places", places, persistent=False)
@@ -362,7 +362,7 @@ def open_run(bench: Bench, size: str, folder: str, scenes: int = 1000, **changes
     shape, rng = run.model.head.shape, np.random.default_rng(0)
     run.out.mkdir(exist_ok=True)
     rows = [rng.standard_normal((scenes, *shape), np.float32).astype(np.float16)]
-    data.write_array(run.out / "features.npy", np.float16, (scenes, *shape), rows)
+    data.write_array(run.out / "features.npy", rows)
     return run
 
 
