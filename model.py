@@ -355,10 +355,11 @@ class DiT(Stack):
 
     def read(self, cond: Tensor) -> tuple[Tensor, list, Tensor]:
         """What all steps of a sampler need of a condition (P, M, L), made once: (P, D) that joins
-        the time, each block's keys and values, and the condition embedded (P, M, D)."""
+        the time, each block's keys and values, and (P, N, D) that joins the tokens; None = none."""
         cond = self.cond_embed(cond)
         contexts = [block.cross.read(cond) if block.cross else None for block in self.blocks]
-        return self.pooled(cond.mean(1)), contexts, cond
+        grid = resize_grid(cond, len(self.positions)) if self.condition == "grid" else None
+        return self.pooled(cond.mean(1)), contexts, grid
 
     def forward(self, x: Tensor, t: Tensor, cond, guess: Tensor | None = None) -> Tensor:
         """x (B, N, C) at times t (B,), condition (P, M, L) with B = P K -> (B, N, C).
@@ -366,17 +367,17 @@ class DiT(Stack):
         cond may also be what `read` made of it; guess (B, N, C) is what an earlier call made of
         the data, None is a guess of zeros.
         """
-        pooled, contexts, cond = self.read(cond) if isinstance(cond, Tensor) else cond
+        pooled, contexts, grid = self.read(cond) if isinstance(cond, Tensor) else cond
         if self.recalls:
             x = torch.cat([x, torch.zeros_like(x) if guess is None else guess], dim=-1)
-        draws = len(x) // len(cond)
+        draws = len(x) // len(pooled)
         side = math.isqrt(x.shape[1]) // self.patch
         patches = dict(r=side, c=side, p=self.patch, q=self.patch)
         h = rearrange(x, "b (r p c q) ch -> b (r c) (p q ch)", **patches)
         time = F.silu(self.time(timestep_features(t)) + pooled.repeat_interleave(draws, 0))
         h = self.embed(h) + self.positions
-        if self.condition == "grid":
-            h = h + resize_grid(cond, h.shape[1]).repeat_interleave(draws, 0)
+        if grid is not None:
+            h = h + grid.repeat_interleave(draws, 0)
         for block, context in zip(self.blocks, contexts):
             h = self.through(block, h, time, context)
         h = self.out(modulate(h, *self.modulation(time)[:, None].chunk(2, dim=-1)))
