@@ -733,26 +733,25 @@ def write_set(out, settings, sources, read):
         require(old == settings, f"{out} was prepared with other settings, {old}: delete it first")
     if "version" in state:
         return PreparedSet(out)
-    arrays, dropped = state["arrays"], Counter(state["dropped"])
+    arrays, dropped = Counter(state["arrays"]), Counter(state["dropped"])
     begun, old = time.perf_counter(), state["count"]
     with tqdm(initial=old, unit="image", desc=settings["kind"]) as bar:
         for source in sources[state["units"] :]:
             for texts, rows in read(source, dropped):
                 lines = [json.dumps(text, ensure_ascii=False).encode() for text in texts]
-                ends = arrays.get("text", [0])[0] + np.cumsum([len(line) for line in lines])
+                ends = arrays["text"] + np.cumsum([len(line) for line in lines])
                 rows |= {"text": np.frombuffer(b"".join(lines), np.uint8), "text_index": ends}
                 for name, array in rows.items():
-                    entry = arrays.setdefault(name, [0, array.dtype.str, array.shape[1:]])
-                    append(out / f"{name}.npy", array, entry[0])
-                    entry[0] += array.nbytes
+                    append(out / f"{name}.npy", array, arrays[name])
+                    arrays[name] += array.nbytes
                 state["count"] += len(texts)
                 bar.update(len(texts))
             for name in arrays:
                 flush(out / f"{name}.npy")  # before the commit, for a machine without power
-            state |= {"units": state["units"] + 1, "dropped": dict(sorted(dropped.items()))}
+            state |= {"units": state["units"] + 1, "arrays": arrays}
+            state |= {"dropped": dict(sorted(dropped.items()))}
             write_json(out / "meta.json", state)
-    lost, kept = sum(dropped.values()), state["count"]
-    size = sum(entry[0] for entry in arrays.values())
+    lost, kept, size = dropped.total(), state["count"], arrays.total()
     facts = f"{size / max(kept, 1):,.0f} bytes each, {size / 1e6:,.1f} MB"
     rate = f"{(kept - old) / (time.perf_counter() - begun):,.1f} images/s"
     warning = "WARNING: MORE THAN HALF OF THE SAMPLES ARE LOST:" if lost > kept else ""
