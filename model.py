@@ -604,12 +604,31 @@ def pixel_error(made: Tensor, pixels: Tensor) -> Tensor:
     return (error.abs() + 4 * error.square()).mean((1, 2, 3))
 
 
+def edge_histograms(pixels: Tensor, patch: int, bins: int = 8) -> Tensor:
+    """Orientations of the edges in the 3 x 3 patches around each patch (HOG, Dalal and Triggs 2005), a
+    target as in MaskFeat (arXiv 2112.09133): (B, 3, S, S) -> (B, N, bins) of length 1, 0 if flat.
+    """
+    padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")
+    dx = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
+    dy = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
+    channel = (dx.square() + dy.square()).argmax(1, keepdim=True)  # the one with the clearest edge
+    dx, dy = dx.gather(1, channel), dy.gather(1, channel)  # (B, 1, S, S)
+    turn = torch.atan2(dy, dx) / math.pi * bins  # half a turn is the same edge
+    away = turn - torch.arange(bins, device=pixels.device)[:, None, None]  # (B, bins, S, S)
+    away = (away + bins / 2) % bins - bins / 2
+    votes = torch.hypot(dx, dy) * (1 - away.abs()).clamp_min(0)  # for the two nearest bins
+    sums = F.avg_pool2d(votes, 3 * patch, patch, padding=patch)
+    sums = rearrange(sums, "b n r c -> b (r c) n")
+    return sums / (sums.norm(dim=-1, keepdim=True) + 0.01)
+
+
 class TinyCLIP(nn.Module):
     """Stand-in where pretrained weights can't be had: a timm ViT, contrastive against captions.
 
     Its vectors are a narrow learned bottleneck of the tower's tokens. A contrastive loss alone
-    forgets what captions leave out, so that a small head must also rebuild each patch's pixels
-    from its vector: a departure from CLIP, which keeps such detail thanks to its scale.
+    forgets what captions leave out, and a mean of local evidence is enough for it. So each vector
+    must also rebuild its patch's pixels and tell the edges around it, which makes it know the whole
+    object it lies in: a departure from CLIP, which gets all of this from its scale.
     """
 
     def __init__(self, side, shape, width, depth, heads, vocabulary: int, noise: float):
@@ -625,6 +644,7 @@ class TinyCLIP(nn.Module):
         self.bottleneck = nn.Linear(width, channels)
         self.image_head = mlp(channels, width, width)
         self.pixel_head = mlp(channels, 4 * width, 3 * patch**2)
+        self.edge_head = mlp(channels, width, 8)
         self.words = nn.Embedding(vocabulary, width)
         self.text = Trunk(width, 2, heads)
         self.text_head = nn.Linear(width, width, bias=False)
@@ -646,14 +666,17 @@ class TinyCLIP(nn.Module):
     def forward(self, pixels, ids, same, noise: Tensor | float = 0.0) -> dict[str, Tensor]:
         """Losses of pictures (B, 3, S, S) and captions (B, T); same (B, B) marks equal captions.
 
-        noise (B, N, C) is scaled by `self.noise`. One contrastive loss, a pixel loss for each row.
+        noise (B, N, C) is scaled by `self.noise`. One contrastive loss, the others for each row.
         """
         vectors = self.vectors(pixels) + self.noise * noise
         scale = self.log_scale.exp().clamp(max=100)
         logits = scale * self.embed_images(vectors) @ self.embed_texts(ids).T  # (B, B)
         target = same / same.sum(1, keepdim=True)  # symmetric, so it serves both directions
         contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        return {"contrastive": contrastive, "pixels": pixel_error(self.rebuild(vectors), pixels)}
+        edges = self.edge_head(vectors) - edge_histograms(pixels, self.patch)  # (B, N, bins)
+        losses = {"pixels": pixel_error(self.rebuild(vectors), pixels)}
+        losses["edges"] = edges.square().sum(-1).mean(1)
+        return {"contrastive": contrastive, **losses}
 
     def rebuild(self, vectors: Tensor) -> Tensor:
         """The pixel head's picture, a blurred preview: (B, N, C) -> (B, 3, S, S)."""

@@ -197,7 +197,7 @@ def evaluate_shapes(studio: Studio, seed: int, count: int) -> dict:
 @torch.no_grad()
 def evaluate_clip(studio: Studio, dataset) -> dict:
     """Is the tiny CLIP still a CLIP? Side by side: the right image among those of 100 captions,
-    R^2 of the pixels rebuilt from its vectors, and the share of that extra loss in the whole."""
+    R^2 of the pixels rebuilt from its vectors, and the share of the extra losses in the whole."""
     first = {dataset.texts(i)["caption"]: i for i in reversed(dataset.val_ids)}
     captions = sorted(first, key=first.get)[:100]
     images = dataset.images[[first[caption] for caption in captions]]
@@ -207,10 +207,10 @@ def evaluate_clip(studio: Studio, dataset) -> dict:
     scores = clip.embed_texts(tokens) @ clip.embed_images(vectors).T  # captions x images
     top1 = (scores.argmax(1) == same.argmax(1)).float().mean()
     error = (clip.rebuild(vectors) - pixels).square().mean() / pixels.var()
-    losses = clip(pixels, tokens, same)
-    extra = studio.config.pixel_weight * losses["pixels"].mean()
+    c, losses = studio.config, {k: v.mean() for k, v in clip(pixels, tokens, same).items()}
+    extra = c.pixel_weight * losses["pixels"] + c.edge_weight * losses["edges"]
     scores = (top1, 1 - error, extra / (extra + losses["contrastive"]))
-    names = ("clip_top1_of_100", "clip_pixel_r2", "clip_pixel_loss_share")
+    names = ("clip_top1_of_100", "clip_pixel_r2", "clip_extra_loss_share")
     return dict(zip(names, map(float, scores)))
 
 

@@ -73,14 +73,15 @@ class Config:
     joint: bool = flag(False, "train the backbone during generation too")
     tokens: int = flag(64, "vectors of an image")
     queries: int = flag(16, "learned queries behind a prompt; the paper has as many as vectors")
-    channels: int = flag(8, "width of the treated vectors")
+    channels: int = flag(12, "width of the treated vectors")
     treatment: str = flag("standardise", "of the vectors", ("standardise", "whiten"))
     text_length: int = flag(256, "tokens of a text, of which training drops what comes after")
-    head_dim: int = flag(64, "width of an attention head")
+    head_dim: int = flag(32, "width of an attention head")
     clip_width: int = flag(128, "width of the tiny CLIP's towers")
     clip_depth: int = flag(3, "blocks of the tiny CLIP's image tower")
     clip_noise: float = flag(0.05, "noise on the vectors that the tiny CLIP's losses read")
     pixel_weight: float = flag(20.0, "weight of the pixel loss beside the contrastive one")
+    edge_weight: float = flag(50.0, "weight of the edges' loss beside the contrastive one")
     vae_width: int = flag(48, "channels of the VAE")
     vae_depth: int = flag(2, "residual blocks of its encoder and of its decoder")
     width: int = flag(128, "width of the backbone")
@@ -97,9 +98,9 @@ class Config:
     clip_steps: int = flag(600, "steps of stage clip")
     vae_steps: int = flag(600, "steps of stage vae")
     understand_steps: int = flag(300, "steps of stage understand")
-    generate_steps: int = flag(60, "steps of stage generate")
-    tune_steps: int = flag(1500, "steps of stage tune")
-    decode_steps: int = flag(900, "steps of stage decode")
+    generate_steps: int = flag(40, "steps of stage generate")
+    tune_steps: int = flag(850, "steps of stage tune")
+    decode_steps: int = flag(1150, "steps of stage decode")
     clip_batch: int = flag(24, "images a step of stage clip")
     vae_batch: int = flag(16, "images a step of stage vae")
     understand_batch: int = flag(16, "sequences a step of stage understand")
@@ -161,7 +162,7 @@ PRESETS = {
         **{"decoder_width": 384, "decoder_depth": 8, "vae_width": 128, "vae_depth": 3},
         **{"vae_steps": 5000, "understand_steps": 10_000, "generate_steps": 50_000},
         **{"tune_steps": 0, "decode_steps": 30_000, "accumulate": 4, "vae_batch": 32},
-        **{"understand_batch": 64, "generate_batch": 64, "decode_batch": 32},
+        **{"understand_batch": 64, "generate_batch": 64, "decode_batch": 32, "head_dim": 64},
         **{"lr": 1e-3, "warmup": 500, "ema": 0.999, "save_every": 1000, "strip_every": 1000},
     },
     "micro": {  # seconds, for tests
@@ -169,7 +170,7 @@ PRESETS = {
         **{f"{part}_depth": 1 for part in ("clip", "dit", "decoder", "vae")},
         **{f"{stage}_steps": 6 for stage in STAGES if stage != "cache"},
         **{f"{stage}_batch": 4 for stage in ("clip", "vae", "understand", "generate", "decode")},
-        **{"width": 32, "depth": 1, "head_dim": 32, "vae_width": 16, "draws": 2, "warmup": 2},
+        **{"width": 32, "depth": 1, "vae_width": 16, "draws": 2, "warmup": 2},
         **{"save_every": 4, "strip_every": 4},
     },
 }
@@ -355,7 +356,9 @@ class Run:
 
     def clip_loss(self, images, **batch):
         parts = self.model.clip(M.to_pixels(images), batch["tokens"], batch["same"], batch["noise"])
-        return parts["contrastive"] + self.config.pixel_weight * parts["pixels"], parts
+        c = self.config
+        extra = c.pixel_weight * parts["pixels"] + c.edge_weight * parts["edges"]
+        return parts["contrastive"] + extra, parts
 
     def vae_batch(self, rows):
         side = self.data.images.shape[1] // M.VAE.factor

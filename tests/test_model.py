@@ -608,6 +608,26 @@ def test_tiny_clip_vectors(clip):
     assert clip.rebuild(vectors).shape == pixels.shape
 
 
+def test_edge_histograms_tell_orientations():
+    """An edge counts for its orientation only: not for its contrast, sign or colour, nor turned by
+    180 degrees; a quarter of a turn moves the bins by half of them; where all is flat stands 0."""
+    grid = torch.arange(32.0)
+    for angle, bins in ((0, [0]), (45, [2]), (90, [4]), (11.25, [0, 1])):
+        radians = math.radians(angle)
+        ramp = math.cos(radians) * grid + math.sin(radians) * grid[:, None]  # its gradient's angle
+        wanted = torch.zeros(8).index_fill(0, torch.tensor(bins), 1.0)
+        for slope in (2.0, -5.0):
+            pixels = torch.zeros(1, 3, 32, 32)
+            pixels[0, 1] = slope * ramp
+            inner = M.edge_histograms(pixels, 4).view(8, 8, 8)[2:6, 2:6]
+            close(inner, (wanted / wanted.norm()).expand(4, 4, 8), atol=5e-3, rtol=0)
+    pixels = torch.rand(1, 3, 32, 32)
+    turned = M.edge_histograms(pixels.rot90(dims=(2, 3)), 4).view(8, 8, 8).rot90(-1, dims=(0, 1))
+    close(turned.roll(4, -1).flatten(0, 1)[None], M.edge_histograms(pixels, 4))
+    assert M.edge_histograms(torch.ones(1, 3, 32, 32), 4).abs().max() == 0
+    assert M.edge_histograms(torch.rand(2, 3, 8, 8), 1).shape == (2, 64, 8)
+
+
 def test_equal_captions_are_positives(clip):
     """The contrastive loss by hand; a batch that is there twice costs log 2 more and no more."""
     pixels, ids = torch.rand(3, 3, 32, 32), torch.randint(0, 256, (3, 6))
