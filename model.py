@@ -605,8 +605,10 @@ def pixel_error(made: Tensor, pixels: Tensor) -> Tensor:
 
 
 def edge_histograms(pixels: Tensor, patch: int, bins: int = 8) -> Tensor:
-    """Orientations of the edges in the 3 x 3 patches around each patch (HOG, Dalal and Triggs 2005), a
-    target as in MaskFeat (arXiv 2112.09133): (B, 3, S, S) -> (B, N, bins) of length 1, 0 if flat.
+    """How edges are oriented in the 3 x 3 patches around each patch: HOG (Dalal and Triggs, 2005),
+    a target as in MaskFeat (arXiv 2112.09133): pixels (B, 3, S, S) -> (B, N, bins).
+
+    Bin i counts gradients at i / bins of half a turn; a row has length 1, or 0 where all is flat.
     """
     padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")
     dx = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]

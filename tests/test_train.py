@@ -552,7 +552,7 @@ def test_load_model_is_the_run(micro_run, micro_flags):
 def test_logs_and_strips(micro_run):
     """Each stage leaves a CSV, flow stages with loss by noise level, and strips of eight pairs."""
     levels = [f"loss_t0.{i}" for i in range(0, 10, 2)]
-    parts = {"clip": ["contrastive", "pixels"], "vae": ["error", "kl"], "understand": []}
+    parts = {"clip": ["contrastive", "pixels", "edges"], "vae": ["error", "kl"], "understand": []}
     for stage in TRAINED:
         with open(micro_run / f"{stage}.csv") as file:
             rows = list(csv.DictReader(file))
