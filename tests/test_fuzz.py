@@ -492,7 +492,7 @@ SMALL = {
     },
     **{
         name: st.floats(0, 1e20, allow_subnormal=False)
-        for name in ("clip_noise", "pixel_weight", "decoder_noise")
+        for name in ("clip_noise", "pixel_weight", "edge_weight", "decoder_noise")
     },
     "tokens": st.sampled_from([1, 4, 16, 64, 256]),
     "channels": st.integers(1, 40),

@@ -628,6 +628,20 @@ def test_edge_histograms_tell_orientations():
     assert M.edge_histograms(torch.rand(2, 3, 8, 8), 1).shape == (2, 64, 8)
 
 
+def test_what_a_vector_must_tell(clip):
+    """Each picture's own pixels and edges, by hand, from its vectors under the given noise."""
+    clip.noise = 0.5
+    pixels, ids = torch.rand(3, 3, 32, 32), torch.randint(0, 256, (3, 6))
+    noise = torch.randn(3, 16, CHANNELS)
+    losses = clip(pixels, ids, torch.eye(3), noise)
+    vectors = clip.vectors(pixels) + 0.5 * noise
+    error = clip.rebuild(vectors) - pixels
+    close(losses["pixels"], (error.abs() + 4 * error**2).mean((1, 2, 3)))
+    for row in range(3):
+        told, true = clip.edge_head(vectors[row]), M.edge_histograms(pixels[row : row + 1], 8)[0]
+        close(losses["edges"][row], (told - true).pow(2).sum() / 16)
+
+
 def test_equal_captions_are_positives(clip):
     """The contrastive loss by hand; a batch that is there twice costs log 2 more and no more."""
     pixels, ids = torch.rand(3, 3, 32, 32), torch.randint(0, 256, (3, 6))

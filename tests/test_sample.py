@@ -158,6 +158,7 @@ def test_evaluation_writes_every_score(micro_run, tmp_path, monkeypatch):
     assert set(scores["seconds_by_stage"]) == stages
     assert scores["seconds_total"] == pytest.approx(sum(scores["seconds_by_stage"].values()), abs=1)
     assert {"clip_top1_of_100", "clip_pixel_r2", "vqa", "vqa_majority"} <= set(scores)
+    assert 0 < scores["clip_extra_loss_share"] < 1
 
 
 def test_what_is_scored_is_what_is_first_drawn(studio, monkeypatch):

@@ -354,6 +354,14 @@ def test_two_processes_are_one(micro_flags, tmp_path):
         np.testing.assert_allclose(*losses, rtol=1e-3)
 
 
+def test_weights_of_the_tiny_clips_losses(start):
+    """Pixels and edges count with their weights beside the contrastive loss, which has none."""
+    trainer = start("clip", "--pixel_weight", "3", "--edge_weight", "0.5")
+    loss, parts = trainer.loss(*trainer.batches(0))
+    by_hand = parts["contrastive"] + 3 * parts["pixels"] + 0.5 * parts["edges"]
+    torch.testing.assert_close(loss.detach(), by_hand)
+
+
 def test_dropped_conditions(start):
     """A tenth of the conditions is dropped; where all are, nothing flows back to the queries."""
     trainer = start("generate")
