@@ -604,11 +604,15 @@ def pixel_error(made: Tensor, pixels: Tensor) -> Tensor:
     return (error.abs() + 4 * error.square()).mean((1, 2, 3))
 
 
-def edge_histograms(pixels: Tensor, patch: int, bins: int = 8) -> Tensor:
+EDGE_BINS = 8
+
+
+def edge_histograms(pixels: Tensor, patch: int, bins: int = EDGE_BINS) -> Tensor:
     """How edges are oriented in the 3 x 3 patches around each patch: HOG (Dalal and Triggs, 2005),
     a target as in MaskFeat (arXiv 2112.09133): pixels (B, 3, S, S) -> (B, N, bins).
 
-    Bin i counts gradients at i / bins of half a turn; a row has length 1, or 0 where all is flat.
+    Bin i counts gradients at i / bins of half a turn. A row's length is near 1 where edges are many
+    and strong, 0 where all is flat.
     """
     padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")
     dx = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
@@ -619,18 +623,18 @@ def edge_histograms(pixels: Tensor, patch: int, bins: int = 8) -> Tensor:
     away = turn - torch.arange(bins, device=pixels.device)[:, None, None]  # (B, bins, S, S)
     away = (away + bins / 2) % bins - bins / 2
     votes = torch.hypot(dx, dy) * (1 - away.abs()).clamp_min(0)  # for the two nearest bins
-    sums = F.avg_pool2d(votes, 3 * patch, patch, padding=patch)
-    sums = rearrange(sums, "b n r c -> b (r c) n")
-    return sums / (sums.norm(dim=-1, keepdim=True) + 0.01)
+    means = F.avg_pool2d(votes, 3 * patch, patch, padding=patch)
+    means = rearrange(means, "b n r c -> b (r c) n")
+    return means / (means.norm(dim=-1, keepdim=True) + 0.01)
 
 
 class TinyCLIP(nn.Module):
     """Stand-in where pretrained weights can't be had: a timm ViT, contrastive against captions.
 
     Its vectors are a narrow learned bottleneck of the tower's tokens. A contrastive loss alone
-    forgets what captions leave out, and a mean of local evidence is enough for it. So each vector
-    must also rebuild its patch's pixels and tell the edges around it, which makes it know the whole
-    object it lies in: a departure from CLIP, which gets all of this from its scale.
+    forgets what captions leave out, and a mean over local evidence suffices for it. So each vector
+    must also rebuild its patch's pixels, and tell the edges around it: only then can the shape of
+    an object be read from the vector in its middle. A departure from CLIP, which has scale instead.
     """
 
     def __init__(self, side, shape, width, depth, heads, vocabulary: int, noise: float):
@@ -646,7 +650,7 @@ class TinyCLIP(nn.Module):
         self.bottleneck = nn.Linear(width, channels)
         self.image_head = mlp(channels, width, width)
         self.pixel_head = mlp(channels, 4 * width, 3 * patch**2)
-        self.edge_head = mlp(channels, width, 8)
+        self.edge_head = mlp(channels, width, EDGE_BINS)
         self.words = nn.Embedding(vocabulary, width)
         self.text = Trunk(width, 2, heads)
         self.text_head = nn.Linear(width, width, bias=False)
@@ -675,10 +679,10 @@ class TinyCLIP(nn.Module):
         logits = scale * self.embed_images(vectors) @ self.embed_texts(ids).T  # (B, B)
         target = same / same.sum(1, keepdim=True)  # symmetric, so it serves both directions
         contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        edges = self.edge_head(vectors) - edge_histograms(pixels, self.patch)  # (B, N, bins)
-        losses = {"pixels": pixel_error(self.rebuild(vectors), pixels)}
-        losses["edges"] = edges.square().sum(-1).mean(1)
-        return {"contrastive": contrastive, **losses}
+        missed = self.edge_head(vectors) - edge_histograms(pixels, self.patch)  # (B, N, bins)
+        edges = missed.square().sum(-1).mean(1)
+        error = pixel_error(self.rebuild(vectors), pixels)
+        return {"contrastive": contrastive, "pixels": error, "edges": edges}
 
     def rebuild(self, vectors: Tensor) -> Tensor:
         """The pixel head's picture, a blurred preview: (B, N, C) -> (B, 3, S, S)."""

@@ -81,7 +81,7 @@ class Config:
     clip_depth: int = flag(3, "blocks of the tiny CLIP's image tower")
     clip_noise: float = flag(0.05, "noise on the vectors that the tiny CLIP's losses read")
     pixel_weight: float = flag(20.0, "weight of the pixel loss beside the contrastive one")
-    edge_weight: float = flag(50.0, "weight of the edges' loss beside the contrastive one")
+    edge_weight: float = flag(50.0, "weight of the loss on orientations of edges (HOG), likewise")
     vae_width: int = flag(48, "channels of the VAE")
     vae_depth: int = flag(2, "residual blocks of its encoder and of its decoder")
     width: int = flag(128, "width of the backbone")

@@ -53,7 +53,7 @@ SIZES = {  # flags of train.Config
     "middle": {
         **{f"{part}width": 512 for part in ("", "dit_", "decoder_")},
         **{f"{part}depth": 8 for part in ("", "dit_", "decoder_")},
-        **{"dit_patch": 1, "generate_batch": 16, "draws": 1, "vae_width": 144},
+        **{"dit_patch": 1, "generate_batch": 16, "draws": 1, "vae_width": 144, "head_dim": 64},
     },
 }
 PICTURES = {"micro": (2,), "demo": (1, 16), "middle": (4,)}  # at once, in row c

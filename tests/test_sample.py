@@ -1,5 +1,6 @@
 """Pictures, captions and scores from a run: the command line on a micro run, and the scores."""
 
+import dataclasses
 import json
 import math
 import os
@@ -158,7 +159,20 @@ def test_evaluation_writes_every_score(micro_run, tmp_path, monkeypatch):
     assert set(scores["seconds_by_stage"]) == stages
     assert scores["seconds_total"] == pytest.approx(sum(scores["seconds_by_stage"].values()), abs=1)
     assert {"clip_top1_of_100", "clip_pixel_r2", "vqa", "vqa_majority"} <= set(scores)
-    assert 0 < scores["clip_extra_loss_share"] < 1
+
+
+def test_share_of_the_extra_losses(studio, monkeypatch):
+    """Odds of the extra losses against the contrastive one add up, each with its weight."""
+    config, dataset = studio.config, data.PreparedSet(studio.config.data)
+
+    def odds(pixels, edges):
+        weights = {"pixel_weight": pixels, "edge_weight": edges}
+        monkeypatch.setattr(studio, "config", dataclasses.replace(config, **weights))
+        share = sample.evaluate_clip(studio, dataset)["clip_extra_loss_share"]
+        return share / (1 - share)
+
+    assert odds(0.0, 0.0) == 0 and min(odds(1.0, 0.0), odds(0.0, 1.0)) > 0
+    assert odds(2.0, 3.0) == pytest.approx(2 * odds(1.0, 0.0) + 3 * odds(0.0, 1.0), rel=1e-4)
 
 
 def test_what_is_scored_is_what_is_first_drawn(studio, monkeypatch):
