@@ -607,24 +607,20 @@ def pixel_error(made: Tensor, pixels: Tensor) -> Tensor:
 EDGE_BINS = 8
 
 
-def edge_histograms(pixels: Tensor, patch: int, bins: int = EDGE_BINS) -> Tensor:
-    """How edges are oriented in the 3 x 3 patches around each patch: HOG (Dalal and Triggs, 2005),
-    a target as in MaskFeat (arXiv 2112.09133): pixels (B, 3, S, S) -> (B, N, bins).
-
-    Bin i counts gradients at i / bins of half a turn. A row's length is near 1 where edges are many
-    and strong, 0 where all is flat.
-    """
+def edge_histograms(pixels: Tensor, patch: int) -> Tensor:
+    """How edges are oriented in the 3 x 3 patches around each patch, HOG as the target of MaskFeat
+    (arXiv 2112.09133): (B, 3, S, S) -> (B, N, EDGE_BINS). Bin i counts gradients at i / EDGE_BINS
+    of half a turn; a row's length nears 1 where edges are many and strong, 0 where all is flat."""
     padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")
     dx = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
     dy = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
     channel = (dx.square() + dy.square()).argmax(1, keepdim=True)  # the one with the clearest edge
     dx, dy = dx.gather(1, channel), dy.gather(1, channel)  # (B, 1, S, S)
-    turn = torch.atan2(dy, dx) / math.pi * bins  # half a turn is the same edge
-    away = turn - torch.arange(bins, device=pixels.device)[:, None, None]  # (B, bins, S, S)
-    away = (away + bins / 2) % bins - bins / 2
+    turn = torch.atan2(dy, dx) / math.pi * EDGE_BINS  # half a turn is the same edge
+    away = turn - torch.arange(EDGE_BINS, device=pixels.device)[:, None, None]  # (B, bins, S, S)
+    away = (away + EDGE_BINS / 2) % EDGE_BINS - EDGE_BINS / 2
     votes = torch.hypot(dx, dy) * (1 - away.abs()).clamp_min(0)  # for the two nearest bins
-    means = F.avg_pool2d(votes, 3 * patch, patch, padding=patch)
-    means = rearrange(means, "b n r c -> b (r c) n")
+    means = F.avg_pool2d(votes, 3 * patch, patch, padding=patch).flatten(2).mT  # (B, N, bins)
     return means / (means.norm(dim=-1, keepdim=True) + 0.01)
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import data
 import model as M
 from data import require
-from train import DESCRIBE, best_device, load_model
+from train import DESCRIBE, best_device, extra_loss, load_model
 
 HERE = Path(__file__).parent
 BATCH = 128  # rows at once: bounds the memory, changes no picture
@@ -207,8 +207,8 @@ def evaluate_clip(studio: Studio, dataset) -> dict:
     scores = clip.embed_texts(tokens) @ clip.embed_images(vectors).T  # captions x images
     top1 = (scores.argmax(1) == same.argmax(1)).float().mean()
     error = (clip.rebuild(vectors) - pixels).square().mean() / pixels.var()
-    c, losses = studio.config, {k: v.mean() for k, v in clip(pixels, tokens, same).items()}
-    extra = c.pixel_weight * losses["pixels"] + c.edge_weight * losses["edges"]
+    losses = clip(pixels, tokens, same)
+    extra = extra_loss(studio.config, losses).mean()
     scores = (top1, 1 - error, extra / (extra + losses["contrastive"]))
     names = ("clip_top1_of_100", "clip_pixel_r2", "clip_extra_loss_share")
     return dict(zip(names, map(float, scores)))

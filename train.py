@@ -356,9 +356,7 @@ class Run:
 
     def clip_loss(self, images, **batch):
         parts = self.model.clip(M.to_pixels(images), batch["tokens"], batch["same"], batch["noise"])
-        c = self.config
-        extra = c.pixel_weight * parts["pixels"] + c.edge_weight * parts["edges"]
-        return parts["contrastive"] + extra, parts
+        return parts["contrastive"] + extra_loss(self.config, parts), parts
 
     def vae_batch(self, rows):
         side = self.data.images.shape[1] // M.VAE.factor
@@ -450,6 +448,11 @@ class Run:
         c = self.config
         texts = (c.text_length, self.cut)
         return M.build_sequences(self.tokenizer, rows, c.tokens, c.queries, *texts)
+
+
+def extra_loss(c: Config, parts: dict[str, Tensor]) -> Tensor:
+    """What the tiny CLIP's loss has beside the contrastive one: (B,)."""
+    return c.pixel_weight * parts["pixels"] + c.edge_weight * parts["edges"]
 
 
 def draw_noise(rngs: list[np.random.Generator], shape: tuple) -> Tensor:
