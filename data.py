@@ -53,6 +53,7 @@ HELD_OUT = frozenset({("triangle", "red"), ("square", "green"), ("circle", "purp
 SEEN = [pair for pair in product(SHAPES, COLORS) if pair not in HELD_OUT]
 # The direction of the first object from the second; y points down, as in the image.
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = ("zero", "one", "two", "three", "four")
 TALL = math.sqrt(3) / 2  # height of the triangle's bounding box divided by its width
 WINDOW = 30  # px, holds the largest object (26 px) and its soft edge
@@ -235,7 +236,8 @@ def listing(parts):
 
 
 def long_caption(objects, links, rng):
-    """Names every object with its color, and relations between objects that are unique."""
+    """Names every object with its color, and relations between objects that are unique: the text,
+    and those of `links` that it names."""
     objects = rng.sample(objects, len(objects))
     shapes, pairs = Counter(o.shape for o in objects), Counter(o[:2] for o in objects)
     parts = []
@@ -249,8 +251,10 @@ def long_caption(objects, links, rng):
     facts = [link for link in links if pairs[link[0][:2]] == pairs[link[2][:2]] == 1]
     rng.shuffle(facts)
     facts = list({frozenset(link[::2]): link for link in facts}.values())  # one for each couple
+    stated = []
     if len(objects) == 2 and facts and rng.random() < 0.5:
         a, link, b = facts.pop()
+        stated = [(a, link, b)]
         parts = [joined((a[:2], b[:2]), rng.choice(SAY[link]))]
 
     def name(o):
@@ -259,14 +263,14 @@ def long_caption(objects, links, rng):
     text = rng.choice(FRAMES).format(listing(parts), n=noun(None, None, len(objects)))
     facts = facts[: rng.randint(1, 2)]
     clauses = [f"the {name(a)} {rng.choice(SAY[link])} the {name(b)}" for a, link, b in facts]
-    return ", with ".join(filter(None, (text, " and ".join(clauses))))
+    return ", with ".join(filter(None, (text, " and ".join(clauses)))), stated + facts
 
 
 def long_prompts(count=500):
     """Long captions of new scenes as prompts: exactly their objects are asked for."""
     rng, words = np.random.default_rng(2**31), random.Random(2**31)
     _, scenes = draw_scenes(category_prompts(rng, count), rng)
-    texts = [long_caption(objects, scene_links(objects), words) for objects in scenes]
+    texts = [long_caption(objects, scene_links(objects), words)[0] for objects in scenes]
     return [Prompt(t, "long", tuple(o[:2] for o in scene)) for t, scene in zip(texts, scenes)]
 
 
@@ -286,16 +290,12 @@ def short_caption(prompt, objects, rng):
     return listing(list(dict.fromkeys(names)))
 
 
-def questions(objects, links, rng):
-    """4 to 6 [question, answer] pairs with one right answer each; "is there" is balanced."""
+def bindings(objects, links):
+    """[question, answer] pairs on what belongs together, one right answer each for who knows
+    `links` and no other."""
     shapes, colors = Counter(o.shape for o in objects), Counter(o.color for o in objects)
     between, ends = Counter((a, b) for a, _, b in links), Counter(link[1:] for link in links)
-    present = sorted({o[:2] for o in objects})
-    asked = {"yes": present, "no": [pair for pair in SEEN if pair not in present]}
-    chosen = [(f"is there {noun(*rng.choice(pairs))}?", yes) for yes, pairs in asked.items()]
-    # (how many things the question could mean, question, answer): only what is unique is asked
-    pool = [(1, "how many objects are there?", NUMBERS[len(objects)])]
-    pool += [(1, f"how many {shape}s are there?", NUMBERS[shapes[shape]]) for shape in SHAPES]
+    pool = []  # (how many things the question could mean, question, answer): unique ones are asked
     for o in objects:
         pool.append((shapes[o.shape], f"what color is the {o.shape}?", o.color))
         pool.append((colors[o.color], f"what shape is the {o.color} object?", o.shape))
@@ -304,18 +304,34 @@ def questions(objects, links, rng):
         where = f"where is the {a.shape} relative to the {b.shape}?"
         pool.append((one, f"what is {name} the {b.shape}?", f"{a.color} {a.shape}"))
         pool.append((max(two, between[a, b]), where, name))
-    pool = [pair for n, *pair in pool if n == 1]
+    return [pair for n, *pair in pool if n == 1]
+
+
+def questions(objects, links, rng):
+    """4 to 6 [question, answer] pairs on a picture; "is there" is balanced."""
+    shapes, present = Counter(o.shape for o in objects), sorted({o[:2] for o in objects})
+    asked = {"yes": present, "no": [pair for pair in SEEN if pair not in present]}
+    chosen = [[f"is there {noun(*rng.choice(pairs))}?", yes] for yes, pairs in asked.items()]
+    pool = [["how many objects are there?", NUMBERS[len(objects)]]]
+    pool += [[f"how many {shape}s are there?", NUMBERS[shapes[shape]]] for shape in SHAPES]
+    pool += bindings(objects, links)
     chosen += rng.sample(pool, min(len(pool), rng.randint(2, 4)))
-    return [list(pair) for pair in rng.sample(chosen, len(chosen))]
+    return rng.sample(chosen, len(chosen))
 
 
 def scene_texts(prompt, objects, seed, index):
-    """The texts of training scene `index`: {"caption": str, "clean": str or None, "qa": pairs}."""
+    """The texts of training scene `index`: {"caption": str, "clean": str or None, "qa": pairs about
+    the picture, "reading": pairs that a long caption answers by itself}."""
     rng = random.Random(seed * 1_000_003 + index)
-    links = scene_links(objects)
-    long = rng.random() < 0.9
-    caption = long_caption(objects, links, rng) if long else short_caption(prompt, objects, rng)
-    return {"caption": caption, "clean": prompt.text or None, "qa": questions(objects, links, rng)}
+    links, known = scene_links(objects), []
+    if rng.random() < 0.9:
+        caption, stated = long_caption(objects, links, rng)
+        turned = [(b, OPPOSITE[link], a) for a, link, b in stated]
+        known = bindings(objects, stated + turned)
+    else:
+        caption = short_caption(prompt, objects, rng)
+    qa = questions(objects, links, rng)
+    return {"caption": caption, "clean": prompt.text or None, "qa": qa, "reading": known}
 
 
 # ---------------------------------------------------------------------------------- the checker
@@ -635,7 +651,7 @@ def square(image, side):
 
 # ------------------------------------------------------------------------------ the prepared set
 
-FORMAT = 2  # of the folder; raise it when an older folder must not be read
+FORMAT = 3  # of the folder; raise it when an older folder must not be read
 LIMITS = {"count": (2, 10**9), "seed": (0, 2**63), "size": (8, 1024), "tokens": (1, 4096)}
 LIMITS |= {"workers": (1, 256)}
 CHUNK = 1000  # scenes between two commits
@@ -793,7 +809,8 @@ class PreparedSet:
         return features.reshape(*features.shape[:2], self.channels)
 
     def texts(self, i):
-        """{"caption": str, "clean": str or None, "qa": [[question, answer], ...]} of row i."""
+        """{"caption": str, "clean": str or None, "qa": [[question, answer], ...], "reading": as qa}
+        of row i."""
         start, end = self.maps["text_index"][i - 1] if i else 0, self.maps["text_index"][i]
         return json.loads(self.maps["text"][start:end].tobytes())
 
@@ -879,7 +896,8 @@ def prepare_photos(
             if tower:
                 pixels = torch.from_numpy(views[0]).to(device) / 255
                 rows |= pack(model(pixels.permute(0, 3, 1, 2)), int8)  # of (B, 3, side, side)
-            yield [{"caption": text, "clean": None, "qa": []} for text in captions], rows
+            no = {"clean": None, "qa": [], "reading": []}
+            yield [{"caption": text, **no} for text in captions], rows
 
     with lock(out):
         return write_set(out, settings, paths, read)

@@ -177,8 +177,8 @@ def score_prompts(prompts: list, images: np.ndarray) -> dict:
 
 def evaluate_shapes(studio: Studio, seed: int, count: int) -> dict:
     """ShapesEval with `count` pictures a prompt: the first ones drawn, nothing is chosen."""
-    asked = data.eval_prompts()
-    asked = {name: [p for p in asked[name] for _ in range(count)] for name in asked}
+    once = data.eval_prompts()
+    asked = {name: [p for p in once[name] for _ in range(count)] for name in once}
     asked["long"] = data.long_prompts()
     tables, rng = {}, np.random.default_rng(seed)
     for name, prompts in asked.items():
@@ -187,10 +187,10 @@ def evaluate_shapes(studio: Studio, seed: int, count: int) -> dict:
     scores = {f"{name}_strict": table["strict"]["mean"] for name, table in tables.items()}
     scores |= {"seen_geneval": tables["seen"]["geneval"]["mean"]}
     scores |= {"floor": tables["seen"]["floor"]["mean"], "color_entropy": tables["seen"]["entropy"]}
-    real = data.draw_scenes(asked["seen"], rng)[0]
+    real = data.draw_scenes(once["seen"], rng)[0]
     again = studio.paint(studio.see(real), list(range(len(real))))
     for name, images in (("render", real), ("reconstruction", again)):
-        scores[f"ceiling_{name}"] = score_prompts(asked["seen"], images)["strict"]["mean"]
+        scores[f"ceiling_{name}"] = score_prompts(once["seen"], images)["strict"]["mean"]
     return scores | {"per_category": {name: table["strict"] for name, table in tables.items()}}
 
 

@@ -89,6 +89,7 @@ class Config:
     dit_width: int = flag(128, "width of the flow head")
     dit_depth: int = flag(5, "blocks of the flow head")
     dit_patch: int = flag(2, "neighbouring vectors per token of the flow head, a side")
+    connector: int = flag(2, "blocks between the queries' states and the flow head")
     predicts: str = flag("x", "of the flow head: data or velocity", ("x", "v"))
     recalls: bool = flag(True, "the flow head reads its own last guess (self-conditioning)")
     decoder_width: int = flag(128, "width of the decoder")
@@ -96,11 +97,11 @@ class Config:
     decoder_patch: int = flag(2, "neighbouring latents per token of the decoder, a side")
     decoder_noise: float = flag(0.5, "largest noise on the vectors that the decoder learns from")
     clip_steps: int = flag(600, "steps of stage clip")
-    vae_steps: int = flag(600, "steps of stage vae")
-    understand_steps: int = flag(300, "steps of stage understand")
+    vae_steps: int = flag(900, "steps of stage vae")
+    understand_steps: int = flag(380, "steps of stage understand")
     generate_steps: int = flag(40, "steps of stage generate")
-    tune_steps: int = flag(850, "steps of stage tune")
-    decode_steps: int = flag(1150, "steps of stage decode")
+    tune_steps: int = flag(760, "steps of stage tune")
+    decode_steps: int = flag(1000, "steps of stage decode")
     clip_batch: int = flag(24, "images a step of stage clip")
     vae_batch: int = flag(16, "images a step of stage vae")
     understand_batch: int = flag(16, "sequences a step of stage understand")
@@ -127,7 +128,7 @@ class Config:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"--{f.name} {value}: expected one of {', '.join(choices)}")
-            size = f.type is int and f.name not in ("seed", "warmup", *STEPS)
+            size = f.type is int and f.name not in ("seed", "warmup", "connector", *STEPS)
             least, most = int(size), 1000 if "depth" in f.name else 2**20 if size else 2**63
             if type(value) in (int, float) and not least <= value < most:
                 raise ValueError(f"--{f.name} {value}: expected at least {least}, below {most}")
@@ -170,7 +171,7 @@ PRESETS = {
         **{f"{part}_depth": 1 for part in ("clip", "dit", "decoder", "vae")},
         **{f"{stage}_steps": 6 for stage in STAGES if stage != "cache"},
         **{f"{stage}_batch": 4 for stage in ("clip", "vae", "understand", "generate", "decode")},
-        **{"width": 32, "depth": 1, "vae_width": 16, "draws": 2, "warmup": 2},
+        **{"width": 32, "depth": 1, "connector": 1, "vae_width": 16, "draws": 2, "warmup": 2},
         **{"save_every": 4, "strip_every": 4},
     },
 }
@@ -467,12 +468,15 @@ def flat_texts(entry: dict) -> list[str]:
 def understanding_row(entry: dict, rng) -> list[tuple[str, str | None]]:
     """A dialogue about an image: four questions in random order, then the caption.
 
-    In a third of the rows the caption stands in the image's place. They teach to read (without
-    questions: to repeat), and without them the queries' states would hardly know the prompt.
+    In half of the rows the caption stands in the image's place, and eight questions ask what it
+    says (without any: to repeat it). They teach to read: which color is whose is in no single word,
+    and what the queries' states do not know the flow head can't draw.
     """
-    pairs = [entry["qa"][i] for i in rng.permutation(len(entry["qa"]))[:4]]
+    reads = rng.random() < 1 / 2
+    pool = entry["reading"] if reads else entry["qa"]
+    pairs = [pool[i] for i in rng.permutation(len(pool))[: 8 if reads else 4]]
     turns = [part for q, a in pairs for part in (("user", q), ("bot", a))]
-    if rng.random() < 1 / 3:
+    if reads:
         turns = turns or [("user", "repeat"), ("bot", entry["caption"])]
         return [("user", entry["caption"]), *turns]
     # behind the caption the questions could be answered without looking

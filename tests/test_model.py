@@ -258,7 +258,8 @@ def test_new_blocks_are_the_identity(cross):
 
 
 ZEROS = {  # part of the whole model -> how many of its tensors start at zero in the micro preset
-    r"(backbone\.trunk|clip\.text)\.blocks\.\d+\.(attention\.out|mlp\.down)\.weight": 6,
+    r"(backbone\.trunk\.blocks|clip\.text\.blocks|head\.connector)\.\d+"
+    r"\.(attention\.out|mlp\.down)\.weight": 8,
     r"vae\..*\.second\.weight": 2,
     r"backbone\.head\.weight": 1,
     r"(head|decoder)\.(modulation|out|blocks\.\d+\.modulation)\.(weight|bias)": 12,
