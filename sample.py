@@ -306,7 +306,7 @@ def run_tasks(
     evaluate=False,
     seed=0,
     count=4,
-    steps=30,
+    steps=25,
     guidance=2.0,
     shift=2.0,
     ode=False,

@@ -152,11 +152,17 @@ def parse_parts(text):
 
 def holds(clause, objects):
     """Whether "red circle to the left of the square" is true, with one object of each name."""
+    a, link, b = meaning(clause, objects)
+    return link in geneval_relations(a, b)
+
+
+def meaning(clause, objects):
+    """(object, relation, object) that a clause such as "red circle over the square" names."""
     link = {"over": "above", "under": "below"}
     a, word, b = re.fullmatch(rf"(.+?) {LINK} the (.+)", clause).groups()
     named = [[o for o in objects if (f"{o.color} {o.shape}").endswith(name)] for name in (a, b)]
     assert [len(items) for items in named] == [1, 1], clause
-    return link.get(word, word) in geneval_relations(named[0][0], named[1][0])
+    return named[0][0], link.get(word, word), named[1][0]
 
 
 def test_long_captions_are_complete_and_true(world, monkeypatch):
@@ -239,6 +245,36 @@ def test_every_question_has_one_right_answer(world):
     assert len(kinds) > 5 and min(kinds.values()) > 200  # every kind of question is common
 
 
+def test_reading_asks_what_the_caption_says(world):
+    """Each question for reading has one right answer to one who knows the caption alone: colors
+    and shapes are all named, a relation or its opposite must be. Short captions ask nothing."""
+    opposite = {"left of": "right of", "above": "below"}
+    opposite |= {b: a for a, b in opposite.items()}
+    kinds = Counter()
+    for objects, text in zip(world[2], world[3]):
+        caption, known = text["caption"], set()
+        clauses = [c for end in caption.split(", with the ")[1:] for c in end.split(" and the ")]
+        if inline := re.search(rf"{COLOR} {SHAPE} {LINK} an? {COLOR} {SHAPE}", caption):
+            clauses.append(re.sub(r" (a|an) ", " the ", inline[0]))
+        for a, link, b in (meaning(clause, objects) for clause in clauses):
+            known |= {(a, link, b), (b, opposite[link], a)}
+        for question, given in text["reading"]:
+            kinds[question.split()[0] + question.split()[1]] += 1
+            assert given in answer(question, objects), (question, given, caption)
+            if match := re.fullmatch(rf"where is the {SHAPE} relative to the {SHAPE}\?", question):
+                told = {(a.shape, link, b.shape) for a, link, b in known}
+                assert (match[1], given, match[2]) in told, (question, given, caption)
+            elif match := re.fullmatch(rf"what is (.+) the {SHAPE}\?", question):
+                told = [a for a, link, b in known if (link, b.shape) == match.groups()]
+                assert [f"{a.color} {a.shape}" for a in told] == [given], (question, caption)
+            else:
+                assert answer(question, objects) == {given}
+                named = Counter((o.shape, o.color) for o in objects)
+                assert parse_parts(caption) == named, caption
+    assert set(kinds) == {"whatcolor", "whatshape", "whatis", "whereis"}
+    assert min(kinds.values()) > 500
+
+
 def test_yes_and_no_are_balanced(world):
     """Each scene has one "is there" with yes and one with no."""
     for text in world[3]:
@@ -267,7 +303,8 @@ def test_held_out_pairs_are_nowhere(world):
     for objects, text in zip(world[2], world[3]):
         assert not HELD_OUT & {(o.shape, o.color) for o in objects}
         assert not HELD_OUT & set(parse_parts(text["caption"]))
-        lines = [text["caption"], text["clean"] or "", *(" ".join(pair) for pair in text["qa"])]
+        pairs = [*text["qa"], *text["reading"]]
+        lines = [text["caption"], text["clean"] or "", *map(" ".join, pairs)]
         assert not names.search(" | ".join(lines))
     assert {(o.shape, o.color) for objects in world[2] for o in objects} | HELD_OUT == {
         (shape, color) for shape in data.SHAPES for color in data.COLORS

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -413,21 +414,27 @@ def test_noise_levels():
 
 
 def test_dialogues_never_read_the_answer():
-    """Rows hold questions and answers of the set; a caption that can be read is not asked for."""
-    entry = {"caption": "a red circle", "qa": [[f"q{i}", f"a{i}"] for i in range(6)]}
-    firsts = set()
-    for seed in range(40):
+    """An image is followed by four of its questions and its caption, a caption by at most eight
+    that it answers itself, or, where it answers none, by the wish to repeat it."""
+    qa, reading = ([[f"{kind}{i}", f"a{i}"] for i in range(10)] for kind in "qr")
+    entry, firsts = {"caption": "a red circle", "qa": qa, "reading": reading}, Counter()
+    for seed in range(200):
         (first, text), *turns = train.understanding_row(entry, np.random.default_rng(seed))
-        firsts.add(first)
+        firsts[first] += 1
         pairs = [[q, a] for (_, q), (_, a) in zip(turns[::2], turns[1::2])]
         assert [role for role, _ in turns] == ["user", "bot"] * len(pairs)
-        described = [train.DESCRIBE, entry["caption"]]
         if first == "image":
-            assert pairs.pop() == described
+            assert pairs.pop() == [train.DESCRIBE, entry["caption"]]
         else:
-            assert text == entry["caption"] and described not in pairs
-        assert len(pairs) == 4 and all(pair in entry["qa"] for pair in pairs)
-    assert firsts == {"image", "user"}
+            assert text == entry["caption"]
+        count, pool = (4, qa) if first == "image" else (8, reading)
+        assert len({tuple(pair) for pair in pairs}) == len(pairs) == count
+        assert all(pair in pool for pair in pairs)
+    assert firsts.keys() == {"image", "user"} and 80 < firsts["user"] < 120
+    rngs = map(np.random.default_rng, range(8))
+    rows = [train.understanding_row(entry | {"reading": []}, rng) for rng in rngs]
+    told = [("user", "a red circle"), ("user", "repeat"), ("bot", "a red circle")]
+    assert 0 < rows.count(told) < 8
 
 
 # --------------------------------------------------------------------------------- files of a run
