@@ -243,8 +243,10 @@ class TrunkBlock(nn.Module):
         nn.init.zeros_(self.mlp.down.weight)
 
     def forward(self, x, valid=1, mask=None, rope=None, cache=None) -> Tensor:
-        """(B, T, D), valid (B, T, 1) zero at padding -> (B, T, D); the cache also keeps the last
-        position for the shift."""
+        """(B, T, D), valid (B, T, 1) zero at padding, 1 = there is none -> (B, T, D).
+
+        cache is None or a list: empty, or keys, values and the last normed position (B, 1, D).
+        """
         h = self.attention_norm(x) * valid
         last = cache.pop() if cache else torch.zeros_like(h[:, :1])
         shifted = h + self.shift * torch.cat([last, h[:, :-1]], dim=1)
@@ -266,7 +268,7 @@ class Trunk(Stack):
     def forward(self, x: Tensor, valid: Tensor, caches: list | None = None) -> Tensor:
         """Embeddings (B, T, D), valid (B, past + T) false at padding -> states (B, T, D).
 
-        caches is None, or one list for each block (see `Attention`), made by `new_caches`.
+        caches is None, or one list for each block (see `TrunkBlock`), made by `new_caches`.
         """
         total, new = valid.shape[1], x.shape[1]
         keys = torch.arange(total, device=x.device)
@@ -327,13 +329,13 @@ class DiT(Stack):
 
     shape      (N, C) of the grid; cond_width is L, the width of the conditioning tokens
     patch      groups patch x patch neighbours of the grid into one token
-    condition  "cross": tokens in any order, read by cross-attention (the queries' states);
+    condition  "cross": tokens read by cross-attention, in any order (the queries' states);
                "grid": vectors on a square grid of their own, resized to the token grid and added,
                for a decoder whose condition lies where the pixels lie
     predicts   "x" (data) or "v" (velocity); see `velocity`
     recalls    reads an earlier guess of the data beside x_t (self-conditioning, arXiv 2208.04202)
     connector  blocks in which the conditioning tokens read each other first (MetaQueries, arXiv
-               2504.06256): what belongs to one object comes together there
+               2504.06256): what belongs to one object comes together there; order counts here
     """
 
     def __init__(

@@ -176,7 +176,8 @@ def score_prompts(prompts: list, images: np.ndarray) -> dict:
 
 
 def evaluate_shapes(studio: Studio, seed: int, count: int) -> dict:
-    """ShapesEval with `count` pictures a prompt: the first ones drawn, nothing is chosen."""
+    """ShapesEval with `count` pictures a prompt: the first ones drawn, nothing is chosen. The
+    ceilings are judged on one real scene for each seen prompt."""
     once = data.eval_prompts()
     asked = {name: [p for p in once[name] for _ in range(count)] for name in once}
     asked["long"] = data.long_prompts()

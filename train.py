@@ -46,7 +46,7 @@ STAGES = ("clip", "vae", "cache", "understand", "generate", "tune", "decode")
 STEPS = tuple(f"{stage}_steps" for stage in STAGES)
 VERSION = 2  # of the checkpoints
 # the optimiser's matrices: adaLN's are wide, so that orthogonalising them costs more than it gains
-MUON = r"blocks\.(?!.*modulation)"
+MUON = r"(blocks|connector)\.(?!.*modulation)"
 HARMLESS = {"data", "out", "device", "precision", "compile", "save_every", "strip_every"}
 HARMLESS |= {"accumulate", "checkpoint"}
 # this process among those of torchrun
@@ -129,7 +129,8 @@ class Config:
             if choices and value not in choices:
                 raise ValueError(f"--{f.name} {value}: expected one of {', '.join(choices)}")
             size = f.type is int and f.name not in ("seed", "warmup", "connector", *STEPS)
-            least, most = int(size), 1000 if "depth" in f.name else 2**20 if size else 2**63
+            blocks = "depth" in f.name or f.name == "connector"
+            least, most = int(size), 1000 if blocks else 2**20 if size else 2**63
             if type(value) in (int, float) and not least <= value < most:
                 raise ValueError(f"--{f.name} {value}: expected at least {least}, below {most}")
             if f.name in ("drop", "broad_share", "cooldown", "ema") and value > 1:
@@ -468,9 +469,9 @@ def flat_texts(entry: dict) -> list[str]:
 def understanding_row(entry: dict, rng) -> list[tuple[str, str | None]]:
     """A dialogue about an image: four questions in random order, then the caption.
 
-    In half of the rows the caption stands in the image's place, and eight questions ask what it
-    says (without any: to repeat it). They teach to read: which color is whose is in no single word,
-    and what the queries' states do not know the flow head can't draw.
+    In half of the rows the caption stands in the image's place, and up to eight questions ask what
+    it says (without any: to repeat it). They teach to read: which color is whose is in no single
+    word, and what the queries' states do not know the flow head can't draw.
     """
     reads = rng.random() < 1 / 2
     pool = entry["reading"] if reads else entry["qa"]

@@ -184,11 +184,15 @@ def test_what_is_scored_is_what_is_first_drawn(studio, monkeypatch):
         parsed = [data.parse_prompt(text) for text in prompts]
         return data.draw_scenes(parsed, np.random.default_rng(0))[0]
 
+    seen = []
+    real_see = studio.see
     monkeypatch.setattr(studio, "draw", draw_once)
+    monkeypatch.setattr(studio, "see", lambda x: seen.append(len(x)) or real_see(x))
     monkeypatch.setattr(data, "eval_prompts", lambda: FEW)
     monkeypatch.setattr(data, "long_prompts", lambda: FEW["composed"][:2])
     scores = sample.evaluate_shapes(studio, 2, 4)
     assert [len(prompts) for prompts, _ in calls] == [24, 8, 8, 2]
+    assert seen == [len(FEW["seen"])]  # the ceiling of the reconstruction
     assert calls[1][1] == [2_000_000 + i for i in range(8)] and len(set(calls[0][1])) == 24
     assert scores["seen_strict"] == scores["heldout_strict"] == scores["composed_strict"] == 1
 
@@ -340,7 +344,7 @@ def test_the_shipped_weights_draw():
     path = ROOT / "weights/shapes.safetensors"
     assert path.stat().st_size < 20e6
     assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
-    flow, decoder = dict(steps=30, guidance=2.0, shift=2.0), dict(steps=4, guidance=1.5)
+    flow, decoder = dict(steps=25, guidance=2.0, shift=2.0), dict(steps=4, guidance=1.5)
     prompts = [p for p in data.eval_prompts()["seen"] if p.category == "colors"][:24]
     images = sample.Studio(path, flow, decoder).draw([p.text for p in prompts], list(range(24)))
     assert sample.score_prompts(prompts, images)["strict"]["mean"] > 0.8

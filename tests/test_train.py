@@ -184,6 +184,17 @@ def test_muon_is_torchs():
         assert (p - q).norm() < 0.02 * (q - origin).norm()
 
 
+def test_muon_takes_the_matrices_of_blocks(start):
+    """Of the flow head, Muon gets every matrix of its blocks and of the connector's, but none of
+    adaLN; AdamW the rest."""
+    trainer = start("generate")
+    adamw, muon = ({id(p) for g in o.param_groups for p in g["params"]} for o in trainer.optimizers)
+    named = {n: p for n, p in trainer.trained.items() if p.ndim == 2}
+    inside = {n for n in named if re.search(r"(attention|cross|mlp)\.(q|kv|out|gate_up|down)\.", n)}
+    assert {n for n, p in named.items() if id(p) in muon} == inside
+    assert any(n.startswith("head.connector") for n in inside) and not adamw & muon
+
+
 @pytest.mark.parametrize("shape", [(16, 16), (64, 8), (8, 64)])
 def test_orthogonalise(shape):
     """Each matrix keeps its singular vectors, and its values move near 1, whatever its scale."""
