@@ -1,7 +1,7 @@
 """Trains every stage of BLIP3-o on a prepared set: one config, one loop, one loss per stage.
 
     python train.py                                        shapes, the demo preset
-    python train.py --data data/photos --out out/photos --preset photos
+    python train.py --data data/photos --out out/photos    photos, the preset of that name
     torchrun --nproc-per-node 2 train.py ...               as many processes as cards
 
 Runs what is missing of clip -> vae -> cache -> understand -> generate -> tune -> decode; the same
@@ -40,7 +40,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import model as M
-from data import PreparedSet, lock, open_array, write_array, write_whole
+from data import PreparedSet, lock, open_array, read_json, write_array, write_whole
 
 STAGES = ("clip", "vae", "cache", "understand", "generate", "tune", "decode")
 STEPS = tuple(f"{stage}_steps" for stage in STAGES)
@@ -185,7 +185,8 @@ def parse_config(arguments: list[str]) -> Config:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--preset", default="demo", choices=PRESETS, help="defaults of the rest")
+    text = "defaults of the rest (default photos for a set of photos, else demo)"
+    parser.add_argument("--preset", choices=PRESETS, help=text)
     for f in fields(Config):
         text = f"{f.metadata['help']} (default {f.default})"
         if f.type is bool:
@@ -195,8 +196,11 @@ def parse_config(arguments: list[str]) -> Config:
             choices = f.metadata["choices"] or None
             parser.add_argument(f"--{f.name}", type=f.type, choices=choices, help=text)
     given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
+    meta = Path(given.get("data", Config.data)) / "meta.json"
     try:
-        return Config(**{**PRESETS[given.pop("preset")], **given})
+        photos = meta.is_file() and read_json(meta)["settings"]["kind"] == "photos"
+        preset = given.pop("preset", "photos" if photos else "demo")
+        return Config(**{**PRESETS[preset], **given})
     except ValueError as error:
         parser.error(str(error))
 
@@ -212,8 +216,8 @@ def best_device() -> str:
 def resolve_machine(c: Config) -> tuple[torch.device, torch.dtype | None, bool]:
     """Where and how to compute: device, autocast dtype (None is fp32), compile; printed."""
     device = best_device() if c.device == "auto" else c.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no such device here, expected cpu or auto")
+    if not getattr(torch, device).is_available():
+        raise ValueError(f"--device {device}: no such device here, expected cpu or auto")
     # a card below 8.0 says yes to bf16 and emulates it; a CPU pays for it without AMX
     native = device == "cuda" and torch.cuda.get_device_capability()[0] >= 8
     native |= device == "cpu" and torch.cpu._is_amx_tile_supported()

@@ -425,7 +425,7 @@ def test_another_painter_is_understood(shape):
         assert np.allclose(found[2:5], (x, y, w), atol=0.6)
 
 
-@pytest.mark.parametrize("shape", [circle, square])
+@pytest.mark.parametrize("shape", [circle, square, triangle])
 def test_a_bitten_shape_is_refused(shape):
     """With any quarter missing nothing sound is found, and no prompt is satisfied."""
     for i, (rgb, w, x, y) in enumerate(spread(60, 1)):

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import data
 import train
 
 TRAINED = {  # stage -> names of what it trains, and nothing else
@@ -105,14 +106,26 @@ def test_impossible_settings_are_named(capsys, tmp_path, flags, named):
     assert named in refused(capsys, ["--out", str(tmp_path / "run"), *flags])
 
 
+def test_the_preset_follows_the_set(tmp_path):
+    """Without --preset photos get theirs, all else the demo's; a flag beats both."""
+    command = ["--data", str(tmp_path), "--clip_steps", "7"]
+    for kind, preset in (("photos", "photos"), ("shapes", "demo")):
+        data.write_json(tmp_path / "meta.json", {"settings": {"kind": kind}})
+        expected = train.Config(**train.PRESETS[preset] | {"data": str(tmp_path), "clip_steps": 7})
+        assert train.parse_config(command) == expected
+    assert train.parse_config([*command, "--preset", "micro"]).width == 32
+    assert train.parse_config(["--data", str(tmp_path / "none")]).draws == 4
+
+
 @pytest.mark.parametrize(
-    "flag, value", [("device", "cuda"), ("tokens", "49"), ("seed", f"{2**64}")]
+    "flag, value", [("device", "cuda"), ("device", "mps"), ("tokens", "49"), ("seed", f"{2**64}")]
 )
 def test_settings_that_do_not_fit_are_named(
     capsys, monkeypatch, micro_flags, tmp_path, flag, value
 ):
     """What this machine or set can't do is named too: a missing device, 7 x 7 vectors of 64 px."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in (torch.cuda, torch.mps):
+        monkeypatch.setattr(device, "is_available", lambda: False)
     command = [*micro_flags, "--out", str(tmp_path / "run"), "--dit_patch", "1"]
     assert f"--{flag} {value}" in refused(capsys, [*command, f"--{flag}", value])
 
