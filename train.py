@@ -201,7 +201,7 @@ def parse_config(arguments: list[str]) -> Config:
         photos = meta.is_file() and read_json(meta)["settings"]["kind"] == "photos"
         preset = given.pop("preset", "photos" if photos else "demo")
         return Config(**{**PRESETS[preset], **given})
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
 

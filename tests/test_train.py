@@ -146,7 +146,8 @@ def test_precision_is_native(monkeypatch, capsys, device, capability, amx, dtype
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: device == "mps")
+    for module in (torch.backends.mps, torch.mps):
+        monkeypatch.setattr(module, "is_available", lambda: device == "mps")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     machine = train.resolve_machine(train.Config())
