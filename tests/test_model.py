@@ -138,8 +138,10 @@ def test_texts_are_cut_between_characters(text, length):
     kept = tokenizer.decode(ids[0])
     assert text.startswith(kept) and learn.sum() <= length + 1
     assert cut.total() == (len(tokenizer.encode(text)) > length)
-    if cut:
-        assert len(tokenizer.encode(text[: len(kept) + 1])) > length
+    more = tokenizer.encode(text[: len(kept) + 1])
+    # "a" is a word by itself and two bytes where "a0" is cut: only bytes can be counted so
+    if cut and max(more) < 256:
+        assert len(more) > length
 
 
 # ------------------------------------------------------------------------------- building blocks
