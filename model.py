@@ -278,9 +278,9 @@ class Trunk(Stack):
         own = keys[None, :] == queries[:, None]
         mask = (causal & valid[:, None, None, :]) | own  # (B, 1, T, past + T)
         rope = rotary(queries, self.head_width)
-        for i, block in enumerate(self.blocks):
-            cache = caches[i] if caches is not None else None
-            x = self.through(block, x, valid[:, -new:, None], mask, rope, cache)
+        inside = valid[:, -new:, None]
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
+            x = self.through(block, x, inside, mask, rope, cache)
         return self.norm(x)
 
     def new_caches(self) -> list[list]:

@@ -478,8 +478,8 @@ def understanding_row(entry: dict, rng) -> list[tuple[str, str | None]]:
     word, and what the queries' states do not know the flow head can't draw.
     """
     reads = rng.random() < 1 / 2
-    pool = entry["reading"] if reads else entry["qa"]
-    pairs = [pool[i] for i in rng.permutation(len(pool))[: 8 if reads else 4]]
+    pool, most = (entry["reading"], 8) if reads else (entry["qa"], 4)
+    pairs = [pool[i] for i in rng.permutation(len(pool))[:most]]
     turns = [part for q, a in pairs for part in (("user", q), ("bot", a))]
     if reads:
         turns = turns or [("user", "repeat"), ("bot", entry["caption"])]
