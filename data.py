@@ -53,7 +53,6 @@ HELD_OUT = frozenset({("triangle", "red"), ("square", "green"), ("circle", "purp
 SEEN = [pair for pair in product(SHAPES, COLORS) if pair not in HELD_OUT]
 # The direction of the first object from the second; y points down, as in the image.
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = ("zero", "one", "two", "three", "four")
 TALL = math.sqrt(3) / 2  # height of the triangle's bounding box divided by its width
 WINDOW = 30  # px, holds the largest object (26 px) and its soft edge
@@ -236,8 +235,7 @@ def listing(parts):
 
 
 def long_caption(objects, links, rng):
-    """Names every object with its color, and relations between objects that are unique: the text,
-    and those of `links` that it names."""
+    """Names every object with its color, and relations between objects that are unique."""
     objects = rng.sample(objects, len(objects))
     shapes, pairs = Counter(o.shape for o in objects), Counter(o[:2] for o in objects)
     parts = []
@@ -251,10 +249,8 @@ def long_caption(objects, links, rng):
     facts = [link for link in links if pairs[link[0][:2]] == pairs[link[2][:2]] == 1]
     rng.shuffle(facts)
     facts = list({frozenset(link[::2]): link for link in facts}.values())  # one for each couple
-    stated = []
     if len(objects) == 2 and facts and rng.random() < 0.5:
         a, link, b = facts.pop()
-        stated = [(a, link, b)]
         parts = [joined((a[:2], b[:2]), rng.choice(SAY[link]))]
 
     def name(o):
@@ -263,14 +259,14 @@ def long_caption(objects, links, rng):
     text = rng.choice(FRAMES).format(listing(parts), n=noun(None, None, len(objects)))
     facts = facts[: rng.randint(1, 2)]
     clauses = [f"the {name(a)} {rng.choice(SAY[link])} the {name(b)}" for a, link, b in facts]
-    return ", with ".join(filter(None, (text, " and ".join(clauses)))), stated + facts
+    return ", with ".join(filter(None, (text, " and ".join(clauses))))
 
 
 def long_prompts(count=500):
     """Long captions of new scenes as prompts: exactly their objects are asked for."""
     rng, words = np.random.default_rng(2**31), random.Random(2**31)
     _, scenes = draw_scenes(category_prompts(rng, count), rng)
-    texts = [long_caption(objects, scene_links(objects), words)[0] for objects in scenes]
+    texts = [long_caption(objects, scene_links(objects), words) for objects in scenes]
     return [Prompt(t, "long", tuple(o[:2] for o in scene)) for t, scene in zip(texts, scenes)]
 
 
@@ -291,8 +287,7 @@ def short_caption(prompt, objects, rng):
 
 
 def bindings(objects, links):
-    """[question, answer] pairs on what belongs together, one right answer each for who knows
-    `links` and no other."""
+    """[question, answer] pairs on what belongs together, with one right answer each."""
     shapes, colors = Counter(o.shape for o in objects), Counter(o.color for o in objects)
     between, ends = Counter((a, b) for a, _, b in links), Counter(link[1:] for link in links)
     pool = []  # (how many things the question could mean, question, answer): unique ones are asked
@@ -320,18 +315,12 @@ def questions(objects, links, rng):
 
 
 def scene_texts(prompt, objects, seed, index):
-    """The texts of training scene `index`: {"caption": str, "clean": str or None, "qa": pairs about
-    the picture, "reading": pairs that a long caption answers by itself}."""
-    rng = random.Random(seed * 1_000_003 + index)
-    links, known = scene_links(objects), []
-    if rng.random() < 0.9:
-        caption, stated = long_caption(objects, links, rng)
-        turned = [(b, OPPOSITE[link], a) for a, link, b in stated]
-        known = bindings(objects, stated + turned)
-    else:
-        caption = short_caption(prompt, objects, rng)
-    qa = questions(objects, links, rng)
-    return {"caption": caption, "clean": prompt.text or None, "qa": qa, "reading": known}
+    """The texts of training scene `index`: {"caption": str, "clean": str or None, "qa": [question,
+    answer] pairs about the picture}."""
+    rng, links = random.Random(seed * 1_000_003 + index), scene_links(objects)
+    long = rng.random() < 0.9
+    caption = long_caption(objects, links, rng) if long else short_caption(prompt, objects, rng)
+    return {"caption": caption, "clean": prompt.text or None, "qa": questions(objects, links, rng)}
 
 
 # ---------------------------------------------------------------------------------- the checker
@@ -651,7 +640,7 @@ def square(image, side):
 
 # ------------------------------------------------------------------------------ the prepared set
 
-FORMAT = 3  # of the folder; raise it when an older folder must not be read
+FORMAT = 4  # of the folder; raise it when an older folder must not be read
 LIMITS = {"count": (2, 10**9), "seed": (0, 2**63), "size": (8, 1024), "tokens": (1, 4096)}
 LIMITS |= {"workers": (1, 256)}
 CHUNK = 1000  # scenes between two commits
@@ -809,8 +798,7 @@ class PreparedSet:
         return features.reshape(*features.shape[:2], self.channels)
 
     def texts(self, i):
-        """{"caption": str, "clean": str or None, "qa": [[question, answer], ...], "reading": as qa}
-        of row i."""
+        """{"caption": str, "clean": str or None, "qa": [[question, answer], ...]} of row i."""
         start, end = self.maps["text_index"][i - 1] if i else 0, self.maps["text_index"][i]
         return json.loads(self.maps["text"][start:end].tobytes())
 
@@ -896,8 +884,7 @@ def prepare_photos(
             if tower:
                 pixels = torch.from_numpy(views[0]).to(device) / 255
                 rows |= pack(model(pixels.permute(0, 3, 1, 2)), int8)  # of (B, 3, side, side)
-            no = {"clean": None, "qa": [], "reading": []}
-            yield [{"caption": text, **no} for text in captions], rows
+            yield [{"caption": text, "clean": None, "qa": []} for text in captions], rows
 
     with lock(out):
         return write_set(out, settings, paths, read)

@@ -731,10 +731,6 @@ class Unified(nn.Module):
         nn.init.normal_(self.words.weight, std=0.5)
         nn.init.zeros_(self.head.weight)
 
-    def backbone_parameters(self) -> list[nn.Parameter]:
-        """All but the queries: what stays bit-frozen while generation is learned."""
-        return [p for name, p in self.named_parameters() if name != "queries"]
-
     def embed(self, ids: Tensor, vectors: Tensor | None = None) -> Tensor:
         """ids (B, T) and the vectors of a row's images (B, N, C) in order -> (B, T, D)."""
         x = fill(self.words(ids), ids == QUERY, self.queries.expand(len(ids), -1, -1))
@@ -754,6 +750,22 @@ class Unified(nn.Module):
         losses = F.cross_entropy(logits.mT.float(), ids[:, 1:], reduction="none")  # (B, T - 1)
         learn = learn[:, 1:]
         return (losses * learn).sum(1) / learn.sum(1).clamp_min(1)
+
+    def repeat(self, ids: Tensor, words: int = 3) -> Tensor:
+        """How badly the queries, which end every row, repeat its prompt: (B, T) -> losses (B,).
+
+        The state at the last query is to name the prompt's last words, the one before it those
+        before, and so on. The head that all words share makes it a code in which "red" is the same
+        beside any noun: a flow head that reads it can draw pairs that it has never seen.
+        """
+        count, losses, kept = len(self.queries), 0, 0
+        logits = self.head(self.states(ids)[:, -count:]).mT.float()  # (B, V, Q)
+        ids = F.pad(ids, (count + words, 0), value=PAD)
+        for back in range(words):
+            said = ids[:, -2 * count - back : -count - back]  # (B, Q)
+            losses = losses + F.cross_entropy(logits, said, reduction="none", ignore_index=PAD)
+            kept = kept + (said != PAD)
+        return losses.sum(1) / kept.sum(1).clamp_min(1)
 
     def query_states(self, ids: Tensor) -> Tensor:
         """States at the queries, which end every row: (P, T) -> (P, M, D).

@@ -113,6 +113,7 @@ class Config:
     drop: float = flag(0.1, "share of conditions replaced by zeros, for guidance")
     shift: float = flag(2.0, "schedule shift of generation's training; above 1 more near noise")
     broad_share: float = flag(0.1, "share of pretraining captions while tuning")
+    repeat_share: float = flag(0.25, "share of understanding's steps whose queries repeat a prompt")
     lr: float = flag(3e-3, "peak learning rate")
     tune_lr: float = flag(3e-3, "peak learning rate of stage tune")
     warmup: int = flag(30, "steps of linear warm-up")
@@ -133,7 +134,7 @@ class Config:
             least, most = int(size), 1000 if blocks else 2**20 if size else 2**63
             if type(value) in (int, float) and not least <= value < most:
                 raise ValueError(f"--{f.name} {value}: expected at least {least}, below {most}")
-            if f.name in ("drop", "broad_share", "cooldown", "ema") and value > 1:
+            if f.name in ("drop", "broad_share", "repeat_share", "cooldown", "ema") and value > 1:
                 raise ValueError(f"--{f.name} {value}: expected a share, 0 to 1")
         for name in ("vae_batch", "understand_batch", "generate_batch", "decode_batch"):
             if (batch := getattr(self, name)) % (self.accumulate * WORLD):
@@ -218,15 +219,17 @@ def resolve_machine(c: Config) -> tuple[torch.device, torch.dtype | None, bool]:
     device = best_device() if c.device == "auto" else c.device
     if not getattr(torch, device).is_available():
         raise ValueError(f"--device {device}: no such device here, expected cpu or auto")
-    # a card below 8.0 says yes to bf16 and emulates it; a CPU pays for it without AMX
+    # a card below 8.0 says yes to bf16 and emulates it, as CPUs without AVX512-BF16 or AMX do
     native = device == "cuda" and torch.cuda.get_device_capability()[0] >= 8
-    native |= device == "cpu" and torch.cpu._is_amx_tile_supported()
+    native |= device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     precision = c.precision
     if precision == "auto":
         precision = "bf16" if native else "fp16" if device == "cuda" else "fp32"
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     compiler = any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
-    compile = compiler and (c.compile == "on" or (c.compile == "auto" and device == "cuda"))
+    # a CPU compiles for up to half a minute a stage: only a long run gets that back
+    pays = device == "cuda" or (device == "cpu" and c.generate_steps + c.tune_steps >= 500)
+    compile = compiler and (c.compile == "on" or (c.compile == "auto" and pays))
     print(
         f"device {device}, precision {precision}, compile {'on' if compile else 'off'}"
         f"{'' if compiler else ' (no C++ compiler)'}, {torch.get_num_threads()} threads"
@@ -349,7 +352,7 @@ class Run:
         if stage in ("generate", "tune"):
             return [m.head, m.backbone if self.config.joint else m.backbone.queries]
         if stage == "understand":
-            return m.backbone.backbone_parameters()
+            return [m.backbone]
         return [{"clip": m.clip, "vae": m.vae, "decode": m.decoder}[stage]]
 
     def clip_batch(self, rows):
@@ -374,20 +377,26 @@ class Run:
         return parts["error"] + 1e-5 * parts["kl"], parts
 
     def understand_batch(self, rows):
+        if rows.offset < self.config.repeat_share:
+            return {"ids": self.prompts(rows, 0.5)[0]}
         texts = (self.data.texts(i) for i in rows.ids)
-        dialogues = [understanding_row(text, rng) for text, rng in zip(texts, rows.rngs)]
-        tokens, learn = self.build(dialogues)
+        tokens, learn = self.build([dialogue(text, rng) for text, rng in zip(texts, rows.rngs)])
         return {"ids": tokens, "learn": learn, "vectors": self.cached("features", rows.ids)}
 
     def understand_loss(self, **batch):
-        return self.model.backbone(**batch), {}
+        backbone = self.model.backbone
+        return (backbone if "learn" in batch else backbone.repeat)(**batch), {}
 
-    def generate_batch(self, rows, broad_share: float = 1.0):
+    def prompts(self, rows, broad_share: float) -> tuple[Tensor, list[str | None]]:
+        """Ids (b, T) of prompts with the queries behind; None in the list where it is a caption."""
         texts = [self.data.texts(i) for i in rows.ids]
         broad = [rng.random() < broad_share for rng in rows.rngs]
         clean = [None if b else t["clean"] for t, b in zip(texts, broad)]
-        prompts = [exact or t["caption"] for t, exact in zip(texts, clean)]
-        tokens = self.build([[("user", text), ("queries", None)] for text in prompts])[0]
+        chosen = [exact or t["caption"] for t, exact in zip(texts, clean)]
+        return self.build([[("user", text), ("queries", None)] for text in chosen])[0], clean
+
+    def generate_batch(self, rows, broad_share: float = 1.0):
+        tokens, clean = self.prompts(rows, broad_share)
         # the draws of a clean prompt come from different pictures of it: they share one pass
         twins = [self.twins.get(exact, ()) for exact in clean]
         pools = [pool if i in pool else [i] for i, pool in zip(rows.ids, twins)]
@@ -470,21 +479,11 @@ def flat_texts(entry: dict) -> list[str]:
     return [entry["caption"], entry["clean"] or "", *(t for pair in entry["qa"] for t in pair)]
 
 
-def understanding_row(entry: dict, rng) -> list[tuple[str, str | None]]:
-    """A dialogue about an image: four questions in random order, then the caption.
-
-    In half of the rows the caption stands in the image's place, and up to eight questions ask what
-    it says (without any: to repeat it). They teach to read: which color is whose is in no single
-    word, and what the queries' states do not know the flow head can't draw.
-    """
-    reads = rng.random() < 1 / 2
-    pool, most = (entry["reading"], 8) if reads else (entry["qa"], 4)
-    pairs = [pool[i] for i in rng.permutation(len(pool))[:most]]
+def dialogue(entry: dict, rng) -> list[tuple[str, str | None]]:
+    """A dialogue about an image: up to four questions in random order, then the caption, behind
+    which the questions could be answered without looking."""
+    pairs = [entry["qa"][i] for i in rng.permutation(len(entry["qa"]))[:4]]
     turns = [part for q, a in pairs for part in (("user", q), ("bot", a))]
-    if reads:
-        turns = turns or [("user", "repeat"), ("bot", entry["caption"])]
-        return [("user", entry["caption"]), *turns]
-    # behind the caption the questions could be answered without looking
     return [("image", None), *turns, ("user", DESCRIBE), ("bot", entry["caption"])]
 
 
@@ -508,15 +507,16 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, cooldown: flo
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (K. Jordan, 2024), for matrices; step size as in torch.optim.Muon.
 
-    torch's own rounds to bf16, which a CPU without AMX emulates at a hundredth of the speed; this
-    one computes in the gradient's precision. A test holds the two together. As in torch's fused
-    optimisers, nothing changes where found_inf is 1.
+    torch's own always rounds to bf16, which many CPUs emulate at a hundredth of the speed, and takes
+    one matrix after another; this one computes in `dtype`. A test holds the two together. As in
+    torch's fused optimisers, nothing changes where found_inf is 1.
     """
 
     found_inf = torch.zeros(())
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
@@ -529,25 +529,25 @@ class Muon(torch.optim.Optimizer):
                 nesterov = grad.lerp(momentum, group["momentum"])
                 shapes[p.shape].append((p, nesterov))
             for shape, pairs in shapes.items():
-                updates = orthogonalise(torch.stack([update for _, update in pairs]))
+                updates = orthogonalise(torch.stack([update for _, update in pairs]), self.dtype)
                 rate = group["lr"] * (1 - self.found_inf)
                 updates *= rate * 0.2 * math.sqrt(max(shape))
                 for (p, _), update in zip(pairs, updates):
                     p.mul_(1 - rate * group["weight_decay"]).sub_(update)
 
 
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(matrices: Tensor, dtype=torch.float32, steps: int = 5) -> Tensor:
     """Newton-Schulz iteration that moves all singular values near 1: (k, m, n) -> (k, m, n)."""
-    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    x = (matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).to(dtype)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     for _ in range(steps):
         a = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315), x, beta=3.4445)
-    return x.mT if tall else x
+    return (x.mT if tall else x).type_as(matrices)
 
 
-def make_optimizers(c: Config, parameters: dict[str, nn.Parameter]) -> list:
+def make_optimizers(c: Config, parameters: dict[str, nn.Parameter], dtype=torch.float32) -> list:
     muon = c.optimizer == "muon"
     matrix = {n for n, p in parameters.items() if muon and p.ndim == 2 and re.search(MUON, n)}
     decayed = [p for n, p in parameters.items() if n not in matrix and p.ndim >= 2]
@@ -558,7 +558,7 @@ def make_optimizers(c: Config, parameters: dict[str, nn.Parameter]) -> list:
     optimizers = [torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.98), fused=True)]
     if matrix:
         matrices = [parameters[n] for n in sorted(matrix)]
-        optimizers.append(Muon(matrices, lr=c.lr, weight_decay=c.weight_decay))
+        optimizers.append(Muon(matrices, c.lr, weight_decay=c.weight_decay, dtype=dtype))
     return optimizers
 
 
@@ -569,7 +569,7 @@ class Trainer:
         self.run, self.config, self.stage = run, run.config, stage
         self.batch_of, self.loss_of = (getattr(run, f"{stage}_{end}") for end in ("batch", "loss"))
         if run.compile:
-            self.loss_of = torch.compile(self.loss_of, fullgraph=True)
+            self.compile()
         self.steps = getattr(run.config, f"{stage}_steps")
         self.batch = getattr(run.config, f"{'generate' if stage == 'tune' else stage}_batch")
         # the contrastive loss compares a whole batch: it is not divided, every process takes all
@@ -581,7 +581,8 @@ class Trainer:
             part.requires_grad_(True)
         self.trained = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
         self.averages = {n: p.detach().clone() for n, p in self.trained.items()}
-        self.optimizers = make_optimizers(run.config, self.trained)
+        dtype = torch.bfloat16 if run.dtype is torch.bfloat16 else torch.float32
+        self.optimizers = make_optimizers(run.config, self.trained, dtype)
         self.scaler = torch.amp.GradScaler(run.device, enabled=run.dtype is torch.float16)
         self.partial, self.older = (run.out / f"{stage}.partial{end}" for end in ("", ".old"))
         self.step, self.rows, self.seconds = 0, [], 0.0
@@ -589,6 +590,17 @@ class Trainer:
         self.skipped = self.in_row = torch.zeros((), device=run.device)
         # fp16 starts with a scale that is too large and halves it at each overflow
         self.patience = 5 + 16 * self.scaler.is_enabled()
+
+    def compile(self) -> None:
+        """One graph of the whole loss; on a CPU, where that takes minutes, one of each kind of
+        block, of any length where lengths vary."""
+        torch.compiler.reset()
+        if self.run.device.type != "cpu":
+            self.loss_of = torch.compile(self.loss_of, fullgraph=True)
+            return
+        for block in self.run.model.modules():
+            if isinstance(block, (M.DiTBlock, M.TrunkBlock)):
+                block.compile(fullgraph=True, dynamic=isinstance(block, M.TrunkBlock))
 
     def describe(self) -> str:
         names = sorted({".".join(n.split(".")[: 1 + n.startswith("back")]) for n in self.trained})
@@ -767,7 +779,7 @@ def train_stage(run: Run, stage: str) -> None:
     trainer.use_averages()
     if RANK > 0:
         return
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         held = [trainer.batches(2**31 + i, run.data.val_ids, whole=True) for i in range(4)]
         held = [float(trainer.loss(*batch)[0]) for batch in held]
     write_log(run.out / f"{stage}.csv", trainer.rows)
@@ -822,6 +834,7 @@ def fill_cache(run: Run) -> None:
     save_weights(run.out / "cache.safetensors", statistics, facts)
 
 
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def save_strip(run: Run, stage: str, step: int) -> None:
     """A fixed-seed strip: eight validation pictures, and below what the stage makes of them."""

@@ -36,7 +36,7 @@ def prepare(folder: Path, count: int = 256) -> None:
         texts = [" ".join(rng.choice(words, 12)) for _ in range(count)]
         rows = {"images": rng.integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)}
         rows["features"] = rng.standard_normal((count, TOKENS, CHANNELS)).astype(np.float16)
-        yield [{"caption": text, "clean": None, "qa": [], "reading": []} for text in texts], rows
+        yield [{"caption": text, "clean": None, "qa": []} for text in texts], rows
 
     settings = {"kind": "photos", "size": SIDE, "tower": "noise", "weights": None, "side": 256}
     with data.lock(folder):

@@ -141,13 +141,8 @@ def test_any_text_trains(studio, texts):
     """Captions, questions and answers of any kind make a sequence of bounded length."""
     rows, cut, limit = [], M.Counter(), studio.config.text_length
     for caption, question, answer in texts:
-        entry = {
-            "caption": caption,
-            "clean": None,
-            "qa": [[question, answer]],
-            "reading": [[question, answer]],
-        }
-        rows.append(train.understanding_row(entry, np.random.default_rng(0)))
+        entry = {"caption": caption, "clean": None, "qa": [[question, answer]]}
+        rows.append(train.dialogue(entry, np.random.default_rng(0)))
     ids, learn = M.build_sequences(studio.tokenizer, rows, length=limit, cut=cut)
     assert ids.shape == learn.shape and ids.shape[1] <= 64 + 5 * (limit + 3) + 16
     long = sum(len(studio.tokenizer.encode(text or "")) > limit for row in rows for _, text in row)

@@ -232,6 +232,20 @@ def test_text_loss_by_hand(unified):
         close(losses[b], torch.stack(terms).mean())
 
 
+def test_repeating_by_hand(unified, prompts):
+    """The i-th query from the end names the i-th token of the prompt from its end and those before
+    it; beyond the beginning, which <user> and <bos> are, there is nothing to name."""
+    chances = unified.head(unified.states(prompts)).log_softmax(-1)
+    for words in (1, 3):
+        losses = unified.repeat(prompts, words)
+        for row, chance, loss in zip(prompts, chances, losses):
+            said = row[row != M.PAD][:-QUERIES].tolist()[::-1]  # from the end
+            terms = []
+            for i in range(1, QUERIES + 1):
+                terms += [-chance[-i, token] for token in said[i - 1 : i - 1 + words]]
+            close(loss, torch.stack(terms).mean())
+
+
 def test_greedy_writing_is_the_uncached_loop(unified):
     """Text written in a batch with caches is that of an argmax over whole sequences, row by row."""
     rows = [[("image", None), ("user", text), ("bot", None)] for text in ("what?", "", "how many")]
@@ -499,7 +513,7 @@ def test_drawn_times():
         share = torch.special.ndtr(normal).view(50, 40).sort(1)[0]
         close(share.diff(), torch.full((50, 39), 1 / 40).double(), atol=1e-3)
         part = M.spread_times(torch.arange(20, 30), 50, 40, offset)
-        assert torch.equal(part, times.view(50, 40)[20:30].flatten())
+        close(part, times.view(50, 40)[20:30].flatten(), atol=1e-6)
 
 
 @pytest.mark.parametrize("heun, order", [(False, 1), (True, 2)])

@@ -342,7 +342,7 @@ def test_a_prepared_photo_is_the_central_square(tmp_path):
     prepared = data.prepare_photos(tmp_path / "x.tar", tmp_path / "set", size=32)
     assert prepared.images.shape == (2, 32, 32, 3)
     assert (prepared.images[0] == (255, 0, 0)).all()
-    assert prepared.texts(1) == {"caption": "two", "clean": None, "qa": [], "reading": []}
+    assert prepared.texts(1) == {"caption": "two", "clean": None, "qa": []}
 
 
 def contents(folder):

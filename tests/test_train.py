@@ -15,12 +15,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import data
+import model as M
 import train
 
 TRAINED = {  # stage -> names of what it trains, and nothing else
     "clip": r"clip\.",
     "vae": r"vae\.",
-    "understand": r"backbone\.(?!queries)",
+    "understand": r"backbone\.",
     "generate": r"head\.|backbone\.queries",
     "tune": r"head\.|backbone\.queries",
     "decode": r"decoder\.",
@@ -131,7 +132,7 @@ def test_settings_that_do_not_fit_are_named(
 
 
 @pytest.mark.parametrize(
-    "device, capability, amx, dtype",
+    "device, capability, bf16, dtype",
     [
         ("cuda", (7, 5), True, torch.float16),  # a T4 emulates bf16
         ("cuda", (8, 0), False, torch.bfloat16),
@@ -141,17 +142,20 @@ def test_settings_that_do_not_fit_are_named(
         ("cpu", None, True, torch.bfloat16),
     ],
 )
-def test_precision_is_native(monkeypatch, capsys, device, capability, amx, dtype):
-    """auto means bf16 where the hardware has it, else fp16 on CUDA, else fp32; compiled on CUDA."""
+def test_precision_is_native(monkeypatch, capsys, device, capability, bf16, dtype):
+    """auto means bf16 where the hardware has it, else fp16 on CUDA, else fp32; compiled where that
+    pays."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     for module in (torch.backends.mps, torch.mps):
         monkeypatch.setattr(module, "is_available", lambda: device == "mps")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    machine = train.resolve_machine(train.Config())
-    assert machine == (torch.device(device), dtype, device == "cuda")
+    for steps in (20, 1000):  # a CPU compiles for a long run only
+        machine = train.resolve_machine(train.Config(generate_steps=steps, tune_steps=0))
+        compiled = device == "cuda" or (device == "cpu" and steps == 1000)
+        assert machine == (torch.device(device), dtype, compiled)
     assert f"device {device}, precision" in capsys.readouterr().out
     asked = train.resolve_machine(train.Config(precision="fp32", compile="off"))
     assert asked == (torch.device(device), None, False)
@@ -177,7 +181,8 @@ def test_learning_rate_by_hand():
             assert 0 < train.learning_rate(step, steps, 1.0, warmup, cooldown) <= 1
 
 
-def test_muon_is_torchs():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_is_torchs(dtype):
     """Five steps on several shapes follow torch.optim.Muon, which rounds its iteration to bf16."""
     torch.manual_seed(0)
     mine = [
@@ -186,7 +191,7 @@ def test_muon_is_torchs():
     start = [p.detach().clone() for p in mine]
     theirs = [torch.nn.Parameter(p.clone()) for p in start]
     options = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
-    ours = train.Muon(mine, **options)
+    ours = train.Muon(mine, **options, dtype=dtype)
     reference = torch.optim.Muon(theirs, **options, adjust_lr_fn="match_rms_adamw")
     for _ in range(5):
         for p, q in zip(mine, theirs):
@@ -255,7 +260,8 @@ def test_stage_moves_what_it_trains(start, capsys, stage, flags, names):
 def test_gradients_where_they_should_be(start, stage, flags, names):
     """A backward pass reaches everything that the stage trains, and nothing else."""
     trainer = start(stage, "--drop", "0", *flags)
-    trainer.loss(*trainer.batches(0))[0].backward()
+    for step in range(4 if stage == "understand" else 1):  # prompts repeated, and dialogues
+        trainer.loss(*trainer.batches(step))[0].backward()
     parameters = dict(trainer.run.model.named_parameters())
     reached = {n for n, p in parameters.items() if p.grad is not None and p.grad.any()}
     assert reached == {n for n in parameters if re.match(names, n)}
@@ -358,6 +364,32 @@ def test_one_graph_and_no_other(start, stage):
     assert len(graphs) == warm
 
 
+def test_blocks_compile_once(start, monkeypatch):
+    """On a CPU each kind of block is one graph, whatever the length of a text, and no break."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **o: compiled(f, backend=backend, **o))
+    trainer = start("understand", "--understand_steps", "40")
+    trainer.compile()
+    for _ in range(30):
+        trainer.update()
+    assert 1 <= len(graphs) <= 2
+    trainer = start("generate", "--generate_steps", "40")
+    trainer.compile()
+    graphs.clear()
+    for _ in range(10):
+        trainer.update()
+    warm = len(graphs)
+    for _ in range(20):
+        trainer.update()
+    assert len(graphs) == warm <= 10  # trunk, connector and head, with gradient and without
+
+
 def test_two_processes_are_one(micro_flags, tmp_path):
     """torchrun with two gives the losses and weights of one with the same batch, to rounding; the
     second process leaves no file, and one process continues what two began."""
@@ -439,27 +471,33 @@ def test_noise_levels():
 
 
 def test_dialogues_never_read_the_answer():
-    """An image is followed by four of its questions and its caption, a caption by at most eight
-    that it answers itself, or, where it answers none, by the wish to repeat it."""
-    qa, reading = ([[f"{kind}{i}", f"a{i}"] for i in range(10)] for kind in "qr")
-    entry, firsts = {"caption": "a red circle", "qa": qa, "reading": reading}, Counter()
+    """An image is followed by four of its questions and, last, its caption."""
+    entry = {"caption": "a red circle", "qa": [[f"q{i}", f"a{i}"] for i in range(10)]}
+    asked = Counter()
     for seed in range(200):
-        (first, text), *turns = train.understanding_row(entry, np.random.default_rng(seed))
-        firsts[first] += 1
+        first, *turns = train.dialogue(entry, np.random.default_rng(seed))
         pairs = [[q, a] for (_, q), (_, a) in zip(turns[::2], turns[1::2])]
-        assert [role for role, _ in turns] == ["user", "bot"] * len(pairs)
-        if first == "image":
-            assert pairs.pop() == [train.DESCRIBE, entry["caption"]]
-        else:
-            assert text == entry["caption"]
-        count, pool = (4, qa) if first == "image" else (8, reading)
-        assert len({tuple(pair) for pair in pairs}) == len(pairs) == count
-        assert all(pair in pool for pair in pairs)
-    assert firsts.keys() == {"image", "user"} and 80 < firsts["user"] < 120
-    rngs = map(np.random.default_rng, range(8))
-    rows = [train.understanding_row(entry | {"reading": []}, rng) for rng in rngs]
-    told = [("user", "a red circle"), ("user", "repeat"), ("bot", "a red circle")]
-    assert 0 < rows.count(told) < 8
+        assert first == ("image", None) and [role for role, _ in turns] == ["user", "bot"] * 5
+        assert pairs.pop() == [train.DESCRIBE, "a red circle"]
+        assert len({tuple(pair) for pair in pairs}) == 4
+        assert all(pair in entry["qa"] for pair in pairs)
+        asked.update(q for q, _ in pairs)
+    assert len(asked) == 10
+    short = train.dialogue(entry | {"qa": []}, np.random.default_rng(0))
+    assert short == [("image", None), ("user", train.DESCRIBE), ("bot", "a red circle")]
+
+
+def test_understanding_repeats_and_looks(start):
+    """A step's rows all are prompts with the queries behind, or all dialogues about an image, in
+    the shares asked for; never is a held-out split's row among them."""
+    trainer, kinds = start("understand"), Counter()
+    for step in range(200):
+        (batch,) = trainer.batches(step)
+        ends = batch["ids"][:, -trainer.config.queries :] == M.QUERY
+        assert ends.all() if "learn" not in batch else not ends.any()
+        assert ("learn" in batch) == ("vectors" in batch)
+        kinds["learn" in batch] += 1
+    assert 30 < kinds[False] < 70
 
 
 # --------------------------------------------------------------------------------- files of a run
