@@ -21,7 +21,7 @@ import zlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain, cycle, groupby, islice, permutations, product
 from pathlib import Path
@@ -909,6 +909,21 @@ def add_flags(parser, function):
     parser.set_defaults(function=function)
 
 
+@contextmanager
+def plain_errors(program, after=""):
+    """What a user can get wrong inside of the `with` ends in one line and exit code 2, Ctrl-C in
+    one with `after`."""
+    try:
+        yield
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        said = str(error) or type(error).__name__
+        if isinstance(error, RuntimeError) and "memory" not in said:
+            raise  # not the machine's limit but a mistake of ours
+        ArgumentParser().exit(2, f"{program}: {said.splitlines()[0]}\n")
+    except KeyboardInterrupt:
+        ArgumentParser().exit(130, f"interrupted{after}\n")
+
+
 def command_line(about, arguments, limits, function=None, **commands):
     """Calls `function` or the command that is named; what is wrong ends in one line and code 2."""
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
@@ -924,12 +939,8 @@ def command_line(about, arguments, limits, function=None, **commands):
     for name, (low, high) in limits.items():
         if not low <= options.get(name, low) <= high:  # nan is outside too
             parser.error(f"--{name} {options[name]}: expected {low} to {high}")
-    try:
+    with plain_errors(parser.prog, "" if function else ": the same command continues"):
         return options.pop("function")(**options)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"interrupted{'' if function else ': the same command continues'}\n")
 
 
 def main(arguments=None):

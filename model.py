@@ -226,33 +226,20 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 class TrunkBlock(nn.Module):
-    """x + attention(shift(norm(x))), then x + mlp(norm(x)); both outputs start at zero.
-
-    The token shift (RWKV, arXiv 2305.13048) adds to each position a share of the one before it, so
-    that "circle" knows that it is red before any attention: without it words hardly bind.
-    """
+    """x + attention(norm(x)), then x + mlp(norm(x)); both outputs start at zero."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.attention_norm = nn.RMSNorm(width, eps=1e-6)
-        self.shift = nn.Parameter(torch.full((width,), 0.5))
         self.attention = Attention(width, heads)
         self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
         self.mlp = SwiGLU(width)
         nn.init.zeros_(self.attention.out.weight)
         nn.init.zeros_(self.mlp.down.weight)
 
-    def forward(self, x, valid=1, mask=None, rope=None, cache=None) -> Tensor:
-        """(B, T, D), valid (B, T, 1) zero at padding, 1 = there is none -> (B, T, D).
-
-        cache is None or a list: empty, or keys, values and the last normed position (B, 1, D).
-        """
-        h = self.attention_norm(x) * valid
-        last = cache.pop() if cache else torch.zeros_like(h[:, :1])
-        shifted = h + self.shift * torch.cat([last, h[:, :-1]], dim=1)
-        x = x + self.attention(shifted, mask=mask, rope=rope, cache=cache)
-        if cache is not None:
-            cache.append(h[:, -1:])
+    def forward(self, x, mask=None, rope=None, cache=None) -> Tensor:
+        """(B, T, D) -> (B, T, D); mask, rope and cache as in `Attention`."""
+        x = x + self.attention(self.attention_norm(x), mask=mask, rope=rope, cache=cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -268,7 +255,7 @@ class Trunk(Stack):
     def forward(self, x: Tensor, valid: Tensor, caches: list | None = None) -> Tensor:
         """Embeddings (B, T, D), valid (B, past + T) false at padding -> states (B, T, D).
 
-        caches is None, or one list for each block (see `TrunkBlock`), made by `new_caches`.
+        caches is None, or one list for each block (see `Attention`), made by `new_caches`.
         """
         total, new = valid.shape[1], x.shape[1]
         keys = torch.arange(total, device=x.device)
@@ -278,9 +265,8 @@ class Trunk(Stack):
         own = keys[None, :] == queries[:, None]
         mask = (causal & valid[:, None, None, :]) | own  # (B, 1, T, past + T)
         rope = rotary(queries, self.head_width)
-        inside = valid[:, -new:, None]
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
-            x = self.through(block, x, inside, mask, rope, cache)
+            x = self.through(block, x, mask, rope, cache)
         return self.norm(x)
 
     def new_caches(self) -> list[list]:
@@ -334,8 +320,6 @@ class DiT(Stack):
                for a decoder whose condition lies where the pixels lie
     predicts   "x" (data) or "v" (velocity); see `velocity`
     recalls    reads an earlier guess of the data beside x_t (self-conditioning, arXiv 2208.04202)
-    connector  blocks in which the conditioning tokens read each other first (MetaQueries, arXiv
-               2504.06256): what belongs to one object comes together there; order counts here
     """
 
     def __init__(
@@ -349,7 +333,6 @@ class DiT(Stack):
         condition="cross",
         predicts="x",
         recalls=False,
-        connector=0,
     ):
         super().__init__()
         tokens, channels = self.shape = shape
@@ -360,7 +343,6 @@ class DiT(Stack):
         self.embed = nn.Linear((1 + recalls) * channels * patch**2, width)
         self.time = mlp(256, width, width)
         self.cond_embed = nn.Sequential(nn.Linear(cond_width, width), nn.RMSNorm(width))
-        self.connector = nn.ModuleList(TrunkBlock(width, heads) for _ in range(connector))
         self.pooled = nn.Linear(width, width)
         cross = condition == "cross"
         self.blocks = nn.ModuleList(DiTBlock(width, heads, cross) for _ in range(depth))
@@ -376,8 +358,6 @@ class DiT(Stack):
         """What all steps of a sampler need of a condition (P, M, L), made once: (P, D) that joins
         the time, each block's keys and values, and (P, N, D) that joins the tokens; None = none."""
         cond = self.cond_embed(cond)
-        for block in self.connector:
-            cond = self.through(block, cond)
         contexts = [block.cross.read(cond) if block.cross else None for block in self.blocks]
         grid = resize_grid(cond, len(self.positions)) if self.condition == "grid" else None
         return self.pooled(cond.mean(1)), contexts, grid
@@ -832,7 +812,6 @@ class BLIP3o(nn.Module):
         self.backbone = Unified(vocabulary, vectors, c.queries, *size(c.width, c.depth))
         head = size(c.dit_width, c.dit_depth)
         flow = {"patch": c.dit_patch, "predicts": c.predicts, "recalls": c.recalls}
-        flow["connector"] = c.connector
         self.head = DiT(vectors, c.width, *head, **flow)
         decoder = size(c.decoder_width, c.decoder_depth)
         grid = {"patch": c.decoder_patch, "condition": "grid"}

@@ -20,6 +20,7 @@ import shlex
 import shutil
 import signal
 import sys
+import sysconfig
 import time
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -40,13 +41,13 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import model as M
-from data import PreparedSet, lock, open_array, read_json, write_array, write_whole
+from data import PreparedSet, lock, open_array, plain_errors, read_json, write_array, write_whole
 
 STAGES = ("clip", "vae", "cache", "understand", "generate", "tune", "decode")
 STEPS = tuple(f"{stage}_steps" for stage in STAGES)
 VERSION = 2  # of the checkpoints
 # the optimiser's matrices: adaLN's are wide, so that orthogonalising them costs more than it gains
-MUON = r"(blocks|connector)\.(?!.*modulation)"
+MUON = r"blocks\.(?!.*modulation)"
 HARMLESS = {"data", "out", "device", "precision", "compile", "save_every", "strip_every"}
 HARMLESS |= {"accumulate", "checkpoint"}
 # this process among those of torchrun
@@ -89,7 +90,6 @@ class Config:
     dit_width: int = flag(128, "width of the flow head")
     dit_depth: int = flag(5, "blocks of the flow head")
     dit_patch: int = flag(2, "neighbouring vectors per token of the flow head, a side")
-    connector: int = flag(0, "blocks between the queries' states and the flow head")
     predicts: str = flag("x", "of the flow head: data or velocity", ("x", "v"))
     recalls: bool = flag(True, "the flow head reads its own last guess (self-conditioning)")
     decoder_width: int = flag(128, "width of the decoder")
@@ -129,9 +129,8 @@ class Config:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"--{f.name} {value}: expected one of {', '.join(choices)}")
-            size = f.type is int and f.name not in ("seed", "warmup", "connector", *STEPS)
-            blocks = "depth" in f.name or f.name == "connector"
-            least, most = int(size), 1000 if blocks else 2**20 if size else 2**63
+            size = f.type is int and f.name not in ("seed", "warmup", *STEPS)
+            least, most = int(size), 1000 if "depth" in f.name else 2**20 if size else 2**63
             if type(value) in (int, float) and not least <= value < most:
                 raise ValueError(f"--{f.name} {value}: expected at least {least}, below {most}")
             if f.name in ("drop", "broad_share", "repeat_share", "cooldown", "ema") and value > 1:
@@ -173,7 +172,7 @@ PRESETS = {
         **{f"{part}_depth": 1 for part in ("clip", "dit", "decoder", "vae")},
         **{f"{stage}_steps": 6 for stage in STAGES if stage != "cache"},
         **{f"{stage}_batch": 4 for stage in ("clip", "vae", "understand", "generate", "decode")},
-        **{"width": 32, "depth": 1, "connector": 1, "vae_width": 16, "draws": 2, "warmup": 2},
+        **{"width": 32, "depth": 1, "vae_width": 16, "draws": 2, "warmup": 2},
         **{"save_every": 4, "strip_every": 4},
     },
 }
@@ -227,12 +226,13 @@ def resolve_machine(c: Config) -> tuple[torch.device, torch.dtype | None, bool]:
         precision = "bf16" if native else "fp16" if device == "cuda" else "fp32"
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     compiler = any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
+    compiler &= Path(sysconfig.get_path("include"), "Python.h").is_file()
     # a CPU compiles for up to half a minute a stage: only a long run gets that back
     pays = device == "cuda" or (device == "cpu" and c.generate_steps + c.tune_steps >= 500)
     compile = compiler and (c.compile == "on" or (c.compile == "auto" and pays))
     print(
         f"device {device}, precision {precision}, compile {'on' if compile else 'off'}"
-        f"{'' if compiler else ' (no C++ compiler)'}, {torch.get_num_threads()} threads"
+        f"{'' if compiler else ' (no C++ compiler or Python.h)'}, {torch.get_num_threads()} threads"
         f"{f', {WORLD} processes' if WORLD > 1 else ''}"
     )
     torch.set_float32_matmul_precision("high")
@@ -507,9 +507,9 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, cooldown: flo
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (K. Jordan, 2024), for matrices; step size as in torch.optim.Muon.
 
-    torch's own always rounds to bf16, which many CPUs emulate at a hundredth of the speed, and takes
-    one matrix after another; this one computes in `dtype`. A test holds the two together. As in
-    torch's fused optimisers, nothing changes where found_inf is 1.
+    torch's own always rounds to bf16, which many CPUs emulate at a hundredth of the speed, and
+    takes one matrix after another; this one computes in `dtype`. A test holds the two together. As
+    in torch's fused optimisers, nothing changes where found_inf is 1.
     """
 
     found_inf = torch.zeros(())
@@ -896,20 +896,13 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line; what a user can get wrong ends in one line and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     config = parse_config(arguments)
-    try:
+    again = f"; to continue: python train.py {shlex.join(arguments)}"
+    with plain_errors("train.py", again):
         if RANK:  # one process speaks, writes and holds the folder for all of them
             with redirect_stdout(io.StringIO()):
                 return train_run(config)
         with lock(config.out):
             train_run(config)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise  # not the machine's limit but a mistake of ours
-        print(f"train.py: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; to continue: python train.py", shlex.join(arguments), file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -191,19 +191,6 @@ def test_trunk_in_pieces(trunk):
     close(torch.cat(states, dim=1)[valid], trunk(x, valid)[valid])
 
 
-def test_token_shift_by_hand(trunk):
-    """What attends is a word and a share of the word before it, in each channel its own; there is
-    nothing before the first."""
-    block, x = trunk.blocks[0], torch.randn(1, 4, WIDTH)
-    h = block.attention_norm(x)[0]
-    rows = [h[0], *(h[t] + block.shift * h[t - 1] for t in (1, 2, 3))]
-    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
-    rope = M.rotary(torch.arange(4), WIDTH // 4)
-    after = x + block.attention(torch.stack(rows)[None], mask=mask, rope=rope)
-    close(block(x, mask=mask, rope=rope), after + block.mlp(block.mlp_norm(after)))
-    assert len({round(v, 3) for v in block.shift.tolist()}) > WIDTH / 2  # else a scalar would pass
-
-
 # ------------------------------------------------------------------------------------ the backbone
 
 
@@ -286,26 +273,9 @@ def test_new_blocks_are_the_identity(cross):
     assert not dit(torch.randn(4, 16, CHANNELS), torch.rand(4), torch.randn(2, 4, 5)).any()
 
 
-def test_connector():
-    """A new connector changes nothing; one that has learned lets each token of a condition know
-    all the others, those behind it too, where without it they are read one by one."""
-    plain, joined = (M.DiT((16, CHANNELS), 5, WIDTH, 2, 2, connector=n) for n in (0, 2))
-    joined.load_state_dict(plain.state_dict(), strict=False)
-    cond = torch.randn(2, 4, 5)
-    other = cond.clone()
-    other[:, 3] += 1
-    for pooled, contexts, _ in (plain.read(cond), joined.read(cond)):
-        assert torch.equal(pooled, plain.read(cond)[0])
-        assert torch.equal(contexts[1][0], plain.read(cond)[1][1][0])
-    lively(joined)
-    for net in (plain, joined):
-        keys, changed = (net.read(c)[1][0][0] for c in (cond, other))  # (P, H, M, E)
-        assert torch.equal(keys[:, :, 0], changed[:, :, 0]) == (net is plain)
-
-
 ZEROS = {  # part of the whole model -> how many of its tensors start at zero in the micro preset
-    r"(backbone\.trunk\.blocks|clip\.text\.blocks|head\.connector)\.\d+"
-    r"\.(attention\.out|mlp\.down)\.weight": 8,
+    r"(backbone\.trunk\.blocks|clip\.text\.blocks)\.\d+"
+    r"\.(attention\.out|mlp\.down)\.weight": 6,
     r"vae\..*\.second\.weight": 2,
     r"backbone\.head\.weight": 1,
     r"(head|decoder)\.(modulation|out|blocks\.\d+\.modulation)\.(weight|bias)": 12,
