@@ -45,6 +45,7 @@ from data import PreparedSet, lock, open_array, plain_errors, read_json, write_a
 
 STAGES = ("clip", "vae", "cache", "understand", "generate", "tune", "decode")
 STEPS = tuple(f"{stage}_steps" for stage in STAGES)
+SHARES = ("drop", "broad_share", "repeat_share", "thin", "cooldown", "ema")  # settings in 0..1
 VERSION = 2  # of the checkpoints
 # the optimiser's matrices: adaLN's are wide, so that orthogonalising them costs more than it gains
 MUON = r"blocks\.(?!.*modulation)"
@@ -97,11 +98,11 @@ class Config:
     decoder_patch: int = flag(2, "neighbouring latents per token of the decoder, a side")
     decoder_noise: float = flag(0.5, "largest noise on the vectors that the decoder learns from")
     clip_steps: int = flag(600, "steps of stage clip")
-    vae_steps: int = flag(800, "steps of stage vae")
-    understand_steps: int = flag(340, "steps of stage understand")
-    generate_steps: int = flag(20, "steps of stage generate")
-    tune_steps: int = flag(850, "steps of stage tune")
-    decode_steps: int = flag(850, "steps of stage decode")
+    vae_steps: int = flag(1000, "steps of stage vae")
+    understand_steps: int = flag(800, "steps of stage understand")
+    generate_steps: int = flag(1200, "steps of stage generate")
+    tune_steps: int = flag(1800, "steps of stage tune")
+    decode_steps: int = flag(1200, "steps of stage decode")
     clip_batch: int = flag(24, "images a step of stage clip")
     vae_batch: int = flag(16, "images a step of stage vae")
     understand_batch: int = flag(16, "sequences a step of stage understand")
@@ -113,6 +114,7 @@ class Config:
     drop: float = flag(0.1, "share of conditions replaced by zeros, for guidance")
     shift: float = flag(2.0, "schedule shift of generation's training; above 1 more near noise")
     broad_share: float = flag(0.1, "share of pretraining captions while tuning")
+    thin: float = flag(0.3, "share of prompts of which about a third of the words is left out")
     repeat_share: float = flag(0.25, "share of understanding's steps whose queries repeat a prompt")
     lr: float = flag(3e-3, "peak learning rate")
     tune_lr: float = flag(3e-3, "peak learning rate of stage tune")
@@ -133,7 +135,10 @@ class Config:
             least, most = int(size), 1000 if "depth" in f.name else 2**20 if size else 2**63
             if type(value) in (int, float) and not least <= value < most:
                 raise ValueError(f"--{f.name} {value}: expected at least {least}, below {most}")
-            if f.name in ("drop", "broad_share", "repeat_share", "cooldown", "ema") and value > 1:
+            if (
+                f.name in ("drop", "broad_share", "thin", "repeat_share", "cooldown", "ema")
+                and value > 1
+            ):
                 raise ValueError(f"--{f.name} {value}: expected a share, 0 to 1")
         for name in ("vae_batch", "understand_batch", "generate_batch", "decode_batch"):
             if (batch := getattr(self, name)) % (self.accumulate * WORLD):
@@ -393,6 +398,7 @@ class Run:
         broad = [rng.random() < broad_share for rng in rows.rngs]
         clean = [None if b else t["clean"] for t, b in zip(texts, broad)]
         chosen = [exact or t["caption"] for t, exact in zip(texts, clean)]
+        chosen = [thinned(text, rng, self.config.thin) for text, rng in zip(chosen, rows.rngs)]
         return self.build([[("user", text), ("queries", None)] for text in chosen])[0], clean
 
     def generate_batch(self, rows, broad_share: float = 1.0):
@@ -485,6 +491,14 @@ def dialogue(entry: dict, rng) -> list[tuple[str, str | None]]:
     pairs = [entry["qa"][i] for i in rng.permutation(len(entry["qa"]))[:4]]
     turns = [part for q, a in pairs for part in (("user", q), ("bot", a))]
     return [("image", None), *turns, ("user", DESCRIBE), ("bot", entry["caption"])]
+
+
+def thinned(text: str, rng, share: float) -> str:
+    """The text, or in `share` of the cases about 7 of 10 of its words: a word that must count
+    without those beside it counts beside new ones too."""
+    if rng.random() >= share:
+        return text
+    return " ".join(word for word in text.split() if rng.random() < 0.7)
 
 
 def noise_levels(losses: Tensor, t: Tensor, bins: int = 5) -> dict[str, Tensor]:

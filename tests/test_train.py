@@ -492,6 +492,17 @@ def test_dialogues_never_read_the_answer():
     assert short == [("image", None), ("user", train.DESCRIBE), ("bot", "a red circle")]
 
 
+def test_thinned_texts():
+    """A share of the texts loses words, each with 0.3, in any place, and nothing is put in."""
+    text, rngs = " ".join(map(str, range(20))), map(np.random.default_rng, range(1000))
+    made = [train.thinned(text, rng, 0.4) for rng in rngs]
+    thin = [[int(word) for word in each.split()] for each in made if each != text]
+    assert 350 < len(thin) < 450 and all(words == sorted(set(words)) for words in thin)
+    left = np.bincount(sum(thin, []), minlength=20) / len(thin)
+    assert len(left) == 20 and ((0.6 < left) & (left < 0.8)).all()
+    assert train.thinned(text, np.random.default_rng(0), 0.0) == text
+
+
 def test_understanding_repeats_and_looks(start):
     """A step's rows all are prompts with the queries behind, or all dialogues about an image, in
     the shares asked for; never is a held-out split's row among them."""
