@@ -33,7 +33,8 @@ class Tokenizer:
     """UTF-8 bytes (ids 0-255), special tokens, then whole words; lossless on any string.
 
     A word carries the space before it, and every text is read as if a space stood before it, so
-    that "circle" has one id wherever it stands. What is not in `words` falls back to its bytes.
+    that "circle" has one id wherever it stands. A last "s" stands alone: what is learned of circle
+    holds for circles. What is not in `words` falls back to its bytes.
     """
 
     def __init__(self, words: Sequence[str] = ()):
@@ -55,7 +56,7 @@ class Tokenizer:
 
     @staticmethod
     def split(text: str) -> list[str]:
-        return re.findall(r" ?\w+|\W", " " + text)
+        return re.findall(r" ?\w+?(?=s?\b)|\W", " " + text)
 
     def encode(self, text: str) -> list[int]:
         ids = []

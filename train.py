@@ -28,6 +28,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,7 +101,7 @@ class Config:
     clip_steps: int = flag(600, "steps of stage clip")
     vae_steps: int = flag(1000, "steps of stage vae")
     understand_steps: int = flag(800, "steps of stage understand")
-    generate_steps: int = flag(1200, "steps of stage generate")
+    generate_steps: int = flag(1000, "steps of stage generate")
     tune_steps: int = flag(1800, "steps of stage tune")
     decode_steps: int = flag(1200, "steps of stage decode")
     clip_batch: int = flag(24, "images a step of stage clip")
@@ -607,12 +608,13 @@ class Trainer:
 
     def compile(self) -> None:
         """One graph of the whole loss; on a CPU, where that takes minutes, one of each kind of
-        block, of any length where lengths vary."""
+        block, of any length where lengths vary. The tiny CLIP has too few steps to gain by it."""
         torch.compiler.reset()
         if self.run.device.type != "cpu":
             self.loss_of = torch.compile(self.loss_of, fullgraph=True)
             return
-        for block in self.run.model.modules():
+        m = self.run.model
+        for block in chain(m.backbone.modules(), m.head.modules(), m.decoder.modules()):
             if isinstance(block, (M.DiTBlock, M.TrunkBlock)):
                 block.compile(fullgraph=True, dynamic=isinstance(block, M.TrunkBlock))
 

@@ -87,6 +87,13 @@ def test_tokenizer_keeps_frequent_words():
     assert len(tokenizer.encode("red")) == 1 < len(tokenizer.encode("unique"))
 
 
+def test_plurals_share_their_nouns_code():
+    """A last "s" is a piece of its own, and only there."""
+    assert M.Tokenizer.split("two circles, is it") == [" two", " circle", "s", ",", " i", "s", " it"]
+    tokenizer = M.Tokenizer([" circle"])
+    assert tokenizer.encode("circles") == [*tokenizer.encode("circle"), ord("s")]
+
+
 RED, CIRCLE = 263, 264  # the first ids behind the bytes and the special tokens
 SEE, ASK = [M.BOS, M.IMAGE, M.IMAGE], [M.USER, RED]
 LAYOUTS = {
