@@ -89,7 +89,7 @@ def test_tokenizer_keeps_frequent_words():
 
 def test_plurals_share_their_nouns_code():
     """A last "s" is a piece of its own, and only there."""
-    assert M.Tokenizer.split("two circles, is it") == [" two", " circle", "s", ",", " i", "s", " it"]
+    assert M.Tokenizer.split("two circles, is") == [" two", " circle", "s", ",", " i", "s"]
     tokenizer = M.Tokenizer([" circle"])
     assert tokenizer.encode("circles") == [*tokenizer.encode("circle"), ord("s")]
 
