@@ -136,10 +136,7 @@ class Config:
             least, most = int(size), 1000 if "depth" in f.name else 2**20 if size else 2**63
             if type(value) in (int, float) and not least <= value < most:
                 raise ValueError(f"--{f.name} {value}: expected at least {least}, below {most}")
-            if (
-                f.name in ("drop", "broad_share", "thin", "repeat_share", "cooldown", "ema")
-                and value > 1
-            ):
+            if f.name in SHARES and value > 1:
                 raise ValueError(f"--{f.name} {value}: expected a share, 0 to 1")
         for name in ("vae_batch", "understand_batch", "generate_batch", "decode_batch"):
             if (batch := getattr(self, name)) % (self.accumulate * WORLD):

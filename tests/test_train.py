@@ -440,7 +440,8 @@ def test_dropped_conditions(start):
 )
 def test_captions_of_generation(start, stage, share, key):
     """Tuning asks in the clean wording, where there is one, but for the broad share."""
-    run, ids, asked = start(stage, "--broad_share", str(share)).run, np.arange(12), []
+    flags = ("--broad_share", str(share), "--thin", "0")
+    run, ids, asked = start(stage, *flags).run, np.arange(12), []
     build = run.build
     run.build = lambda rows: asked.extend(rows) or build(rows)
     getattr(run, f"{stage}_batch")(rows_of(ids))
