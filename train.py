@@ -326,7 +326,7 @@ class Run:
     Each stage has a method STAGE_batch(rows) -> {name: tensor}, all that a step reads and draws,
     and STAGE_loss(**batch) -> losses (B,), parts to log, which computes and nothing else. But for
     the contrastive loss, a loss is a mean over rows, so that a batch can be divided. Batches are
-    made in a thread, with numpy: torch's threads for large arrays there would slow the step's.
+    made in threads, with numpy: torch's threads for large arrays there would slow the step's.
     """
 
     def __init__(self, config: Config):
@@ -344,7 +344,10 @@ class Run:
         raw = self.data.channels
         torch.manual_seed(config.seed)
         self.model = m = M.BLIP3o(config, len(self.tokenizer), side, raw).to(self.device)
-        self.compile, self.reader = compile, ThreadPoolExecutor(1)
+        # a card waits for nothing while a few steps are read ahead; a CPU has no core to spare
+        self.compile = compile
+        self.ahead = 0 if self.device.type == "cpu" else min(4, os.cpu_count() or 1)
+        self.reader = ThreadPoolExecutor(max(1, self.ahead))
         for part in (m.backbone.trunk, m.head, m.decoder):
             part.checkpoint = config.checkpoint
         self.metadata = {"version": VERSION, "config": asdict(config), "words": words}
@@ -685,9 +688,8 @@ class Trainer:
         return made
 
     def next_batches(self) -> list[dict[str, Tensor]]:
-        """The batches of this step. Beside a card those of the next are read and pinned meanwhile;
-        a CPU has no core to spare for it."""
-        end = min(self.step + 1 + (self.run.device.type != "cpu"), self.steps)
+        """The batches of this step; those of the next ones are read and pinned meanwhile."""
+        end = min(self.step + 1 + self.run.ahead, self.steps)
         for step in range(self.step + len(self.ahead), end):
             self.ahead.append(self.run.reader.submit(self.batches, step))
         return self.ahead.popleft().result()
