@@ -917,7 +917,7 @@ def plain_errors(program, after=""):
         yield
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         said = str(error) or type(error).__name__
-        if isinstance(error, RuntimeError) and "memory" not in said:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate", said):
             raise  # not the machine's limit but a mistake of ours
         ArgumentParser().exit(2, f"{program}: {said.splitlines()[0]}\n")
     except KeyboardInterrupt:

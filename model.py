@@ -314,38 +314,28 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class DiT(Stack):
     """Diffusion transformer over a square grid of vectors; one class for every flow head.
 
-    shape      (N, C) of the grid; cond_width is L, the width of the conditioning tokens
-    patch      groups patch x patch neighbours of the grid into one token
-    condition  "cross": tokens read by cross-attention, in any order (the queries' states);
-               "grid": vectors on a square grid of their own, resized to the token grid and added,
-               for a decoder whose condition lies where the pixels lie
-    predicts   "x" (data) or "v" (velocity); see `velocity`
-    recalls    reads an earlier guess of the data beside x_t (self-conditioning, arXiv 2208.04202)
+    shape     (N, C) of the grid; context is L, the width of the conditioning tokens
+    patch     groups patch x patch neighbours of the grid into one token
+    cross     true: the condition is read by cross-attention, in any order (the queries' states);
+              false: it lies on a square grid of its own, is resized to the token grid and added,
+              for a decoder whose condition lies where the pixels lie
+    predicts  "x" (data) or "v" (velocity); see `velocity`
+    recalls   reads an earlier guess of the data beside x_t (self-conditioning, arXiv 2208.04202)
     """
 
     def __init__(
-        self,
-        shape,
-        cond_width,
-        width,
-        depth,
-        heads,
-        patch=1,
-        condition="cross",
-        predicts="x",
-        recalls=False,
+        self, shape, context, width, depth, heads, patch=1, cross=True, predicts="x", recalls=False
     ):
         super().__init__()
         tokens, channels = self.shape = shape
         side, self.patch = math.isqrt(tokens), patch
         if side * side != tokens or side % patch:
             raise ValueError(f"{tokens} tokens are no square grid divisible by patch {patch}")
-        self.condition, self.predicts, self.recalls = condition, predicts, recalls
+        self.cross, self.predicts, self.recalls = cross, predicts, recalls
         self.embed = nn.Linear((1 + recalls) * channels * patch**2, width)
         self.time = mlp(256, width, width)
-        self.cond_embed = nn.Sequential(nn.Linear(cond_width, width), nn.RMSNorm(width))
+        self.cond_embed = nn.Sequential(nn.Linear(context, width), nn.RMSNorm(width))
         self.pooled = nn.Linear(width, width)
-        cross = condition == "cross"
         self.blocks = nn.ModuleList(DiTBlock(width, heads, cross) for _ in range(depth))
         self.modulation = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, channels * patch**2)
@@ -360,7 +350,7 @@ class DiT(Stack):
         the time, each block's keys and values, and (P, N, D) that joins the tokens; None = none."""
         cond = self.cond_embed(cond)
         contexts = [block.cross.read(cond) if block.cross else None for block in self.blocks]
-        grid = resize_grid(cond, len(self.positions)) if self.condition == "grid" else None
+        grid = None if self.cross else resize_grid(cond, len(self.positions))
         return self.pooled(cond.mean(1)), contexts, grid
 
     def forward(self, x: Tensor, t: Tensor, cond, guess: Tensor | None = None) -> Tensor:
@@ -815,7 +805,7 @@ class BLIP3o(nn.Module):
         flow = {"patch": c.dit_patch, "predicts": c.predicts, "recalls": c.recalls}
         self.head = DiT(vectors, c.width, *head, **flow)
         decoder = size(c.decoder_width, c.decoder_depth)
-        grid = {"patch": c.decoder_patch, "condition": "grid"}
+        grid = {"patch": c.decoder_patch, "cross": False}
         self.decoder = DiT((latents, 4), c.channels, *decoder, **grid)
 
     def imagine(self, ids: Tensor, noise: Tensor, **flow) -> Tensor:

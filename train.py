@@ -41,8 +41,8 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+import data as D
 import model as M
-from data import PreparedSet, lock, open_array, plain_errors, read_json, write_array, write_whole
 
 STAGES = ("clip", "vae", "cache", "understand", "generate", "tune", "decode")
 STEPS = tuple(f"{stage}_steps" for stage in STAGES)
@@ -130,28 +130,26 @@ class Config:
     def __post_init__(self):
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
-            if choices and value not in choices:
-                raise ValueError(f"--{f.name} {value}: expected one of {', '.join(choices)}")
+            known = not choices or value in choices
+            D.require(known, f"--{f.name} {value}: expected one of {', '.join(choices)}")
             size = f.type is int and f.name not in ("seed", "warmup", *STEPS)
             least, most = int(size), 1000 if "depth" in f.name else 2**20 if size else 2**63
-            if type(value) in (int, float) and not least <= value < most:
-                raise ValueError(f"--{f.name} {value}: expected at least {least}, below {most}")
-            if f.name in SHARES and value > 1:
-                raise ValueError(f"--{f.name} {value}: expected a share, 0 to 1")
-        for name in ("vae_batch", "understand_batch", "generate_batch", "decode_batch"):
-            if (batch := getattr(self, name)) % (self.accumulate * WORLD):
-                message = f"expected a multiple of {self.accumulate} parts x {WORLD} processes"
-                raise ValueError(f"--{name} {batch}: {message}")
+            if type(value) in (int, float):
+                expected = f"expected at least {least}, below {most}"
+                D.require(least <= value < most, f"--{f.name} {value}: {expected}")
+                share = f.name not in SHARES or value <= 1
+                D.require(share, f"--{f.name} {value}: expected a share, 0 to 1")
         side = math.isqrt(self.tokens)
-        if side**2 != self.tokens or side % self.dit_patch:
-            message = "expected a square whose side --dit_patch divides, such as 64"
-            raise ValueError(f"--tokens {self.tokens}, --dit_patch {self.dit_patch}: {message}")
-        for name, unit in (("vae_width", 8), ("head_dim", 2)):
-            if getattr(self, name) % unit:
-                raise ValueError(f"--{name} {getattr(self, name)}: expected a multiple of {unit}")
-        for name in ("clip_width", "width", "dit_width", "decoder_width"):
-            if getattr(self, name) % self.head_dim:
-                raise ValueError(f"--{name}: expected a multiple of --head_dim {self.head_dim}")
+        square = side**2 == self.tokens and side % self.dit_patch == 0
+        message = "expected a square whose side --dit_patch divides, such as 64"
+        D.require(square, f"--tokens {self.tokens}, --dit_patch {self.dit_patch}: {message}")
+        units = {"vae_width": 8, "head_dim": 2}
+        units |= {f"{part}width": self.head_dim for part in ("clip_", "", "dit_", "decoder_")}
+        parts = self.accumulate * WORLD  # of a batch, over steps and processes
+        units |= {f"{stage}_batch": parts for stage in ("vae", "understand", "generate", "decode")}
+        for name, unit in units.items():
+            value = getattr(self, name)
+            D.require(value % unit == 0, f"--{name} {value}: expected a multiple of {unit}")
 
 
 PRESETS = {
@@ -201,7 +199,7 @@ def parse_config(arguments: list[str]) -> Config:
     given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
     meta = Path(given.get("data", Config.data)) / "meta.json"
     try:
-        photos = meta.is_file() and read_json(meta)["settings"]["kind"] == "photos"
+        photos = meta.is_file() and D.read_json(meta)["settings"]["kind"] == "photos"
         preset = given.pop("preset", "photos" if photos else "demo")
         return Config(**{**PRESETS[preset], **given})
     except (ValueError, OSError) as error:
@@ -219,20 +217,21 @@ def best_device() -> str:
 def resolve_machine(c: Config) -> tuple[torch.device, torch.dtype | None, bool]:
     """Where and how to compute: device, autocast dtype (None is fp32), compile; printed."""
     device = best_device() if c.device == "auto" else c.device
-    if not getattr(torch, device).is_available():
-        raise ValueError(f"--device {device}: no such device here, expected cpu or auto")
-    # a card below 8.0 says yes to bf16 and emulates it, as CPUs without AVX512-BF16 or AMX do
-    native = device == "cuda" and torch.cuda.get_device_capability()[0] >= 8
-    native |= device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    precision = c.precision
-    if precision == "auto":
-        precision = "bf16" if native else "fp16" if device == "cuda" else "fp32"
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    found = getattr(torch, device).is_available()
+    D.require(found, f"--device {device}: no such device here, expected cpu or auto")
     compiler = any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
     compiler &= Path(sysconfig.get_path("include"), "Python.h").is_file()
     # a CPU compiles for up to half a minute a stage: only a long run gets that back
     pays = device == "cuda" or (device == "cpu" and c.generate_steps + c.tune_steps >= 500)
     compile = compiler and (c.compile == "on" or (c.compile == "auto" and pays))
+    # a card below 8.0 says yes to bf16 and emulates it, as CPUs without AVX512-BF16 or AMX do; on
+    # those eager copies eat up what the products gain
+    native = device == "cuda" and torch.cuda.get_device_capability()[0] >= 8
+    native |= device == "cpu" and compile and torch.cpu._is_avx512_bf16_supported()
+    precision = c.precision
+    if precision == "auto":
+        precision = "bf16" if native else "fp16" if device == "cuda" else "fp32"
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     print(
         f"device {device}, precision {precision}, compile {'on' if compile else 'off'}"
         f"{'' if compiler else ' (no C++ compiler or Python.h)'}, {torch.get_num_threads()} threads"
@@ -275,7 +274,7 @@ def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     metadata = {name: json.dumps(value) for name, value in metadata.items()}
     raw = save(tensors, {**metadata, "sha256": checksum(tensors, metadata)})
-    write_whole(path, lambda temporary: temporary.write_bytes(raw))
+    D.write_whole(path, lambda temporary: temporary.write_bytes(raw))
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -288,19 +287,19 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
         metadata = {name: json.loads(value) for name, value in found.items()}
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path}: damaged weights ({error}), delete the file") from error
-    if metadata.get("version") != VERSION:
-        found = metadata.get("version", "none")
-        raise ValueError(f"{path} has version {found}, this code reads {VERSION}: train it again")
-    if seal != checksum(tensors, found):
-        raise ValueError(f"{path}: damaged weights (checksum), delete the file")
+    version = metadata.get("version", "none")
+    message = f"{path} has version {version}, this code reads {VERSION}: train it again"
+    D.require(version == VERSION, message)
+    whole = seal == checksum(tensors, found)
+    D.require(whole, f"{path}: damaged weights (checksum), delete the file")
     return tensors, metadata
 
 
 def load_model(path: Path) -> tuple[M.BLIP3o, M.Tokenizer, Config, dict]:
     """The model of a finished run (or of shipped weights), in float32 and frozen."""
     tensors, metadata = load_weights(path)
-    if unknown := metadata["config"].keys() ^ {f.name for f in fields(Config)}:
-        raise ValueError(f"{path} differs in settings {sorted(unknown)}: train it again")
+    unknown = metadata["config"].keys() ^ {f.name for f in fields(Config)}
+    D.require(not unknown, f"{path} differs in settings {sorted(unknown)}: train it again")
     config, tokenizer = Config(**metadata["config"]), M.Tokenizer(metadata["words"])
     net = M.BLIP3o(config, len(tokenizer), metadata["side"], metadata["raw_channels"])
     net.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
@@ -317,7 +316,7 @@ class Rows(NamedTuple):
     ids: np.ndarray  # in the set
     rngs: list[np.random.Generator]  # of each row's choices and noise
     count: int  # rows of the whole batch
-    offset: float  # of its times
+    offset: float  # in 0..1, of its times; it also chooses what a step of understand learns
 
 
 class Run:
@@ -330,17 +329,16 @@ class Run:
     """
 
     def __init__(self, config: Config):
-        self.config, self.out, self.data = config, Path(config.out), PreparedSet(config.data)
+        self.config, self.out, self.data = config, Path(config.out), D.PreparedSet(config.data)
         self.caches, self.cut = {}, Counter()
         self.device, self.dtype, compile = resolve_machine(config)
         texts = (self.data.texts(i) for i in self.data.train_ids[:5000])
         self.tokenizer = M.Tokenizer.fit(text for entry in texts for text in flat_texts(entry))
         words, side = self.tokenizer.words, self.data.images.shape[1]
-        if side % math.isqrt(config.tokens):
-            raise ValueError(f"--tokens {config.tokens}: expected a grid that divides {side} px")
-        if (latents := side // M.VAE.factor) % config.decoder_patch:
-            message = f"expected what divides the {latents} latents of a side"
-            raise ValueError(f"--decoder_patch {config.decoder_patch}: {message}")
+        grid, latents, patch = math.isqrt(config.tokens), side // M.VAE.factor, config.decoder_patch
+        D.require(side % grid == 0, f"--tokens {grid**2}: expected a grid that divides {side} px")
+        message = f"expected what divides the {latents} latents of a side"
+        D.require(latents % patch == 0, f"--decoder_patch {patch}: {message}")
         raw = self.data.channels
         torch.manual_seed(config.seed)
         self.model = m = M.BLIP3o(config, len(self.tokenizer), side, raw).to(self.device)
@@ -390,11 +388,12 @@ class Run:
         return {"ids": tokens, "learn": learn, "vectors": self.cached("features", rows.ids)}
 
     def understand_loss(self, **batch):
-        backbone = self.model.backbone
-        return (backbone if "learn" in batch else backbone.repeat)(**batch), {}
+        backbone, looks = self.model.backbone, "learn" in batch
+        losses = (backbone if looks else backbone.repeat)(**batch)
+        return losses, {"repeats": torch.full_like(losses, not looks)}
 
     def prompts(self, rows, broad_share: float) -> tuple[Tensor, list[str | None]]:
-        """Ids (b, T) of prompts with the queries behind; None in the list where it is a caption."""
+        """Ids (b, T) of prompts with the queries behind; the clean prompts, None for captions."""
         texts = [self.data.texts(i) for i in rows.ids]
         broad = [rng.random() < broad_share for rng in rows.rngs]
         clean = [None if b else t["clean"] for t, b in zip(texts, broad)]
@@ -463,7 +462,7 @@ class Run:
     def cached(self, name: str, ids) -> Tensor:
         """Rows of the cache "features" or "latents": (B, N, C)."""
         if name not in self.caches:  # opened once: a map of each step would grow the process
-            self.caches[name] = open_array(self.out / f"{name}.npy")
+            self.caches[name] = D.open_array(self.out / f"{name}.npy")
         return torch.from_numpy(self.caches[name][ids].astype(np.float32))
 
     def build(self, rows) -> tuple[Tensor, Tensor]:
@@ -495,11 +494,13 @@ def dialogue(entry: dict, rng) -> list[tuple[str, str | None]]:
 
 
 def thinned(text: str, rng, share: float) -> str:
-    """The text, or in `share` of the cases about 7 of 10 of its words: a word that must count
-    without those beside it counts beside new ones too."""
+    """The text, or in `share` of the cases about 7 of 10 of its words and a dash for each other: a
+    word that must count without those beside it counts beside new ones too. (Without the dashes
+    words would meet that stand apart: "a red circle over a triangle" says nothing of red ones.)"""
     if rng.random() >= share:
         return text
-    return " ".join(word for word in text.split() if rng.random() < 0.7)
+    words = (f" {word}" if rng.random() < 0.7 else "-" for word in text.split())
+    return "".join(words).removeprefix(" ")
 
 
 def noise_levels(losses: Tensor, t: Tensor, bins: int = 5) -> dict[str, Tensor]:
@@ -649,7 +650,8 @@ class Trainer:
         raw = buffer.getvalue()
         if self.partial.exists():
             os.replace(self.partial, self.older)
-        write_whole(self.partial, lambda file: file.write_bytes(hashlib.sha256(raw).digest() + raw))
+        sealed = hashlib.sha256(raw).digest() + raw
+        D.write_whole(self.partial, lambda file: file.write_bytes(sealed))
 
     def restore(self) -> None:
         """Continues from the newest checkpoint that is whole; a damaged one is named."""
@@ -674,11 +676,12 @@ class Trainer:
         pool = self.run.data.train_ids if pool is None else pool
         return rng, np.sort(rng.choice(pool, self.batch, replace=len(pool) < self.batch))
 
-    def batches(self, step: int, pool=None, whole: bool = False) -> list[dict[str, Tensor]]:
+    def batches(self, step: int, pool=None, whole=False, offset=None) -> list[dict[str, Tensor]]:
         """This process's parts of a step, or the `whole` in one; each row is a function of (seed,
         stage, step, its place), so that all ways to divide a batch are the same to rounding."""
         rng, ids = self.draw(step, pool)
-        rngs, offset, made = rng.spawn(self.batch), rng.random(), []
+        rngs, made = rng.spawn(self.batch), []
+        offset = rng.random() if offset is None else offset
         parts = np.split(np.arange(self.batch), 1 if whole else self.parts * self.world)
         for places in parts if whole else parts[self.rank :: self.world]:
             chosen = [rngs[i] for i in places]
@@ -756,6 +759,10 @@ def deferred_interrupt():
     before = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
     try:
         yield asked
+    except Exception as error:
+        if asked:  # a compiler of the step was hit too
+            raise KeyboardInterrupt from error
+        raise
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -795,8 +802,8 @@ def train_stage(run: Run, stage: str) -> None:
     if RANK > 0:
         return
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        held = [trainer.batches(2**31 + i, run.data.val_ids, whole=True) for i in range(4)]
-        held = [float(trainer.loss(*batch)[0]) for batch in held]
+        held = [(2**31 + i, run.data.val_ids, True, (i + 0.5) / 4) for i in range(4)]
+        held = [float(trainer.loss(*trainer.batches(*which))[0]) for which in held]
     write_log(run.out / f"{stage}.csv", trainer.rows)
     cut = f", texts cut to {c.text_length} tokens: {dict(run.cut)}" if run.cut else ""
     print(f"stage {stage}: validation loss {np.mean(held):.4f}, {trainer.seconds:.0f} s{cut}")
@@ -807,18 +814,17 @@ def train_stage(run: Run, stage: str) -> None:
 
 def write_log(path: Path, rows: list[dict]) -> None:
     lines = [",".join(rows[0]), *(",".join(map(repr, row.values())) for row in rows)]
-    write_whole(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
+    D.write_whole(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
 
 
 def check_same(path: Path, found: dict, wanted: dict) -> None:
     """ValueError if a checkpoint was made with other settings or from another set."""
     for part in ("config", "data"):
-        for key, value in wanted[part].items():
-            old = found[part].get(key)
-            if old != value and key not in HARMLESS:
-                raise ValueError(f"{path} was made with {key} {old}, not {value}: other --out?")
-    if found["version"] != wanted["version"]:
-        raise ValueError(f"{path} has version {found['version']}, not {wanted['version']}")
+        for key, new in wanted[part].items():
+            old, message = found[part].get(key), f"{path} was made with {key} "
+            D.require(old == new or key in HARMLESS, f"{message}{old}, not {new}: other --out?")
+    old, new = found["version"], wanted["version"]
+    D.require(old == new, f"{path} has version {old}, not {new}")
 
 
 @torch.no_grad()
@@ -843,7 +849,7 @@ def fill_cache(run: Run) -> None:
     batches = np.split(np.arange(count), range(128, count, 128))
     for name, encoded in encoders.items():
         rows = (encoded(ids).half().cpu().numpy() for ids in tqdm(batches, name, unit="batch"))
-        write_array(run.out / f"{name}.npy", rows)
+        D.write_array(run.out / f"{name}.npy", rows)
     statistics = {k: v for k, v in m.state_dict().items() if "treatment." in k}
     facts = {**run.metadata, "seconds": time.perf_counter() - begun}
     save_weights(run.out / "cache.safetensors", statistics, facts)
@@ -872,7 +878,7 @@ def save_strip(run: Run, stage: str, step: int) -> None:
         return
     both = torch.cat([M.to_images(pixels), shown]).permute(0, 3, 1, 2) / 255
     grid = make_grid(both, nrow=len(ids))
-    write_whole(run.out / f"{stage}-{step:06d}.png", lambda file: save_image(grid, file, "PNG"))
+    D.write_whole(run.out / f"{stage}-{step:06d}.png", lambda file: save_image(grid, file, "PNG"))
 
 
 def train_run(config: Config) -> None:
@@ -912,11 +918,11 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     config = parse_config(arguments)
     again = f"; to continue: python train.py {shlex.join(arguments)}"
-    with plain_errors("train.py", again):
+    with D.plain_errors("train.py", again):
         if RANK:  # one process speaks, writes and holds the folder for all of them
             with redirect_stdout(io.StringIO()):
                 return train_run(config)
-        with lock(config.out):
+        with D.lock(config.out):
             train_run(config)
 
 

@@ -81,7 +81,7 @@ class Bench:
         self.tower = tower or "vit_base_patch16_clip_224"
 
     def config(self, size: str, **changes) -> train.Config:
-        machine = {"device": self.device, "precision": self.precision}
+        machine = {"device": self.device, "precision": self.precision, "compile": "off"}
         return train.Config(**{**SIZES[size], **machine, **changes})
 
     def autocast(self):
@@ -275,7 +275,7 @@ def row_a(bench: Bench, size: str):
     vectors = torch.randn(c.generate_batch, *shape, device=on)
     noise, t = torch.randn_like(x), torch.rand(len(x), device=on)
     ours = M.DiT(shape, c.width, *dit).to(on)
-    plain = M.DiT(shape, c.channels, *dit, condition="grid").to(on)
+    plain = M.DiT(shape, c.channels, *dit, cross=False).to(on)
     lumina, label = Lumina(shape, c.width, *dit).to(on), LabelDiT(shape, *dit).to(on)
     rows = (
         ("Lumina-Next", ours, states, lumina),

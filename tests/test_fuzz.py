@@ -482,10 +482,7 @@ SMALL = {
     **{name: st.integers(0, 1) for name in train.STEPS if name != "cache_steps"},
     **{name: st.sampled_from([32, 64]) for name in ("width", "dit_width", "decoder_width")},
     **{name: st.integers(1, 3) for name in ("clip_batch", "vae_batch", "draws", "vae_depth")},
-    **{
-        name: st.floats(0, 1, allow_subnormal=False)
-        for name in ("drop", "broad_share", "cooldown", "ema")
-    },
+    **{name: st.floats(0, 1, allow_subnormal=False) for name in train.SHARES},
     **{
         name: st.floats(0, 1e20, allow_subnormal=False)
         for name in ("lr", "shift", "weight_decay", "clip_norm")

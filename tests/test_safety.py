@@ -509,7 +509,7 @@ def test_training_is_flat(monkeypatch, capsys, command, copy, stage):
         return update(trainer)
 
     monkeypatch.setattr(train.Trainer, "update", watched)
-    run = train.Run(train.parse_config([*command, f"--{stage}_steps", "500"]))
+    run = train.Run(train.parse_config([*command, f"--{stage}_steps", "500", "--compile", "off"]))
     run.model.load_state_dict(load_file(copy / "model.safetensors"))
     train.train_stage(run, stage)
     assert_flat(capsys, f"{stage}, steps 100 to 499", *seen.values())

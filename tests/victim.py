@@ -87,7 +87,7 @@ def work(folder, shards, pause):
         file = builtins.open(path, mode, **options)
         return Appending(file) if Path(path).suffix == ".npy" else file
 
-    data.write_whole = train.write_whole = slow
+    data.write_whole = slow
     data.open = opened
     data.CHUNK = 50
     telling(data, "draw_scenes", lambda *_: "drawing scenes")
