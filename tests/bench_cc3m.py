@@ -1,6 +1,6 @@
 """What the preset cc3m needs: peak memory, images/s, and seconds a picture, on noise of its shapes.
 
-    python tests/bench_cc3m.py [--device cuda] [--steps 5]
+    python tests/bench_cc3m.py [--device cuda] [--steps 5] [flags of train.py]
 
 Each stage runs in a process of its own. On a card the peak is what torch allocates; on a CPU it is
 the resident memory of the process, libraries included.
@@ -55,10 +55,10 @@ def seconds_of(work, times: int, device: str) -> float:
     return float(np.median(taken[1:]))
 
 
-def measure(stage: str, folder: Path, device: str, steps: int) -> str:
-    """A row of the table."""
+def measure(stage: str, folder: Path, device: str, steps: int, more: list[str]) -> str:
+    """A row of the table; `more` are flags of train.py."""
     flags = ["--preset", "cc3m", "--data", str(folder / "set"), "--out", str(folder / "run")]
-    run = train.Run(train.parse_config([*flags, "--device", device]))
+    run = train.Run(train.parse_config([*flags, "--device", device, *more]))
     train.fill_cache(run)
     if stage == "sample":
         net = run.model.eval().requires_grad_(False)
@@ -91,16 +91,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps timed, after one")
     parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
     parser.add_argument("--folder", type=Path, help="of a set made before: one stage, here")
-    given = parser.parse_args()
+    given, flags = parser.parse_known_args()
     if given.folder:
-        print(measure(given.stages[0], given.folder, given.device, given.steps))
+        print(measure(given.stages[0], given.folder, given.device, given.steps, flags))
         return
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder) / "set")
         (Path(folder) / "run").mkdir()
         print("| stage | peak memory | speed |\n|---|---|---|", flush=True)
         for stage in given.stages:
-            more = ["--device", given.device, "--steps", str(given.steps)]
+            more = ["--device", given.device, "--steps", str(given.steps), *flags]
             command = [sys.executable, __file__, "--folder", folder, "--stages", stage, *more]
             printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             print(printed.splitlines()[-1], flush=True)

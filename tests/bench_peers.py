@@ -50,13 +50,14 @@ import train  # noqa: E402
 SIZES = {  # flags of train.Config
     "micro": train.PRESETS["micro"],
     "demo": {},
+    "cc3m": {**train.PRESETS["cc3m"], "accumulate": 1},
     "middle": {
         **{f"{part}width": 512 for part in ("", "dit_", "decoder_")},
         **{f"{part}depth": 8 for part in ("", "dit_", "decoder_")},
         **{"dit_patch": 1, "generate_batch": 16, "draws": 1, "vae_width": 144, "head_dim": 64},
     },
 }
-PICTURES = {"micro": (2,), "demo": (1, 16), "middle": (4,)}  # at once, in row c
+PICTURES = {"micro": (2,), "demo": (1, 16), "middle": (4,), "cc3m": (4,)}  # at once, in row c
 VOCABULARY, SIDE = 1031, 64  # of the demo: bytes, specials and 768 words; px
 NEW_TOKENS = 64
 HEAD, DECODER = dict(steps=30, guidance=2.0), dict(steps=4, guidance=1.5)  # of row c
@@ -453,7 +454,7 @@ def utilisation(bench: Bench, size: str, side: int = 4096, batches=(32, 128, 512
     for prompts in batches:
         with tempfile.TemporaryDirectory() as folder:
             # the counter of FLOPs cannot follow a net through a call without gradient: no recall
-            changes = dict(generate_batch=prompts, recalls=False)
+            changes = dict(generate_batch=prompts, recalls=False, compile="auto")
             run = open_run(bench, size, folder, scenes=2 * max(batches), **changes)
             trainer = train.Trainer(run, "generate")
             try:
