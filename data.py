@@ -50,6 +50,8 @@ SHAPES = ("circle", "square", "triangle")
 COLORS = {"red": (220, 45, 45), "green": (50, 165, 70), "blue": (50, 90, 220)}
 COLORS |= {"yellow": (240, 215, 40), "purple": (150, 60, 185), "orange": (240, 125, 20)}
 HELD_OUT = frozenset({("triangle", "red"), ("square", "green"), ("circle", "purple")})
+# "red triangle"; "three triangles, one blue and two red"
+HELD_OUT_NAMES = re.compile("|".join(f"{c} {s}|{s}s?, [^,]*{c}" for s, c in sorted(HELD_OUT)))
 SEEN = [pair for pair in product(SHAPES, COLORS) if pair not in HELD_OUT]
 # The direction of the first object from the second; y points down, as in the image.
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}

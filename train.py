@@ -343,9 +343,8 @@ class Run:
         torch.manual_seed(config.seed)
         self.model = m = M.BLIP3o(config, len(self.tokenizer), side, raw).to(self.device)
         # a card waits for nothing while a few steps are read ahead; a CPU has no core to spare
-        self.compile = compile
         self.ahead = 0 if self.device.type == "cpu" else min(4, os.cpu_count() or 1)
-        self.reader = ThreadPoolExecutor(max(1, self.ahead))
+        self.compile, self.reader = compile, ThreadPoolExecutor(max(1, self.ahead))
         for part in (m.backbone.trunk, m.head, m.decoder):
             part.checkpoint = config.checkpoint
         self.metadata = {"version": VERSION, "config": asdict(config), "words": words}
@@ -494,13 +493,13 @@ def dialogue(entry: dict, rng) -> list[tuple[str, str | None]]:
 
 
 def thinned(text: str, rng, share: float) -> str:
-    """The text, or in `share` of the cases about 7 of 10 of its words and a dash for each other: a
-    word that must count without those beside it counts beside new ones too. (Without the dashes
-    words would meet that stand apart: "a red circle over a triangle" says nothing of red ones.)"""
+    """The text, or in `share` of the cases about 7 of 10 of its words: a word that must count
+    without those beside it counts beside new ones too. Where that names a pair of the world's
+    held-out ones ("a red circle over a triangle", less two words), the text stays whole."""
     if rng.random() >= share:
         return text
-    words = (f" {word}" if rng.random() < 0.7 else "-" for word in text.split())
-    return "".join(words).removeprefix(" ")
+    thin = " ".join(word for word in text.split() if rng.random() < 0.7)
+    return text if D.HELD_OUT_NAMES.search(thin) else thin
 
 
 def noise_levels(losses: Tensor, t: Tensor, bins: int = 5) -> dict[str, Tensor]:
