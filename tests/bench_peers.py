@@ -446,8 +446,7 @@ def utilisation(bench: Bench, size: str, side: int = 4096, batches=(32, 128, 512
     """Lines on stage generate, with more prompts a step while memory lasts.
 
     The last column is the rate of the forward and backward pass's multiplications and additions,
-    in whole steps of `Trainer.update`, as a share of a square bf16 matmul's. A test runs it on a
-    CPU; on a GPU it has not run yet.
+    in whole steps of `Trainer.update`, as a share of a square bf16 matmul's.
     """
     a, b = torch.randn(2, side, side, device=bench.device, dtype=torch.bfloat16)
     best = 10 * 2 * side**3 / np.median(bench.race(lambda: [a @ b for _ in range(10)]))

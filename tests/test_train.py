@@ -26,6 +26,8 @@ TRAINED = {  # stage -> names of what it trains, and nothing else
     "tune": r"head\.|backbone\.queries",
     "decode": r"decoder\.",
 }
+# and `understand` in both of its kinds: it looks at pictures, or its queries repeat prompts
+KINDS = [*((stage, "0") for stage in TRAINED), ("understand", "1")]
 JOINT = r"head\.|backbone\.(queries|words|trunk)"  # what generation reads of the backbone
 STAGES = pytest.mark.parametrize(
     "stage, flags, names",
@@ -288,9 +290,7 @@ def test_averages_are_no_graph(start):
             torch.testing.assert_close(trainer.averages[n], expected.detach())
 
 
-@pytest.mark.parametrize(
-    "stage, repeats", [*((stage, "0") for stage in TRAINED), ("understand", "1")]
-)
+@pytest.mark.parametrize("stage, repeats", KINDS)
 def test_stage_overfits_a_handful(start, stage, repeats):
     """Sixty steps on eight samples lower their loss clearly, measured at the same noise."""
     flags = ["--lr", "0.01", "--tune_lr", "0.01", "--repeat_share", repeats]
@@ -326,14 +326,13 @@ def test_batches_and_noise_depend_on_seed_stage_step(start):
     assert seen[0] == seen[1] and len(set(seen)) == 4
 
 
-@pytest.mark.parametrize("stage", [stage for stage in TRAINED if stage != "clip"])
-def test_a_batch_can_be_divided(start, stage):
+@pytest.mark.parametrize("stage, repeats", [kind for kind in KINDS if kind[0] != "clip"])
+def test_a_batch_can_be_divided(start, stage, repeats):
     """In one part, in two or in four, activations kept or not: loss and gradients are the same."""
     results = []
+    size = [f"--{stage.replace('tune', 'generate')}_batch", "8", "--repeat_share", repeats]
     for flags in (["1"], ["2"], ["4", "--checkpoint"]):
-        trainer = start(
-            stage, "--accumulate", *flags, f"--{stage.replace('tune', 'generate')}_batch", "8"
-        )
+        trainer = start(stage, *size, "--accumulate", *flags)
         values = trainer.backward()
         results.append((values, {n: p.grad for n, p in trainer.trained.items()}))
     for values, gradients in results[1:]:
