@@ -121,7 +121,7 @@ class Config:
     tune_lr: float = flag(3e-3, "peak learning rate of stage tune")
     warmup: int = flag(30, "steps of linear warm-up")
     cooldown: float = flag(0.3, "share of steps of linear cool-down at the end")
-    weight_decay: float = flag(0.01, "decoupled, on matrices")
+    weight_decay: float = flag(0.1, "decoupled, on matrices")
     clip_norm: float = flag(1.0, "largest gradient norm")
     ema: float = flag(0.99, "decay of the averaged weights, which are what is kept")
     save_every: int = flag(200, "steps between checkpoints")
