@@ -329,8 +329,6 @@ class DiT(Stack):
         super().__init__()
         tokens, channels = self.shape = shape
         side, self.patch = math.isqrt(tokens), patch
-        if side * side != tokens or side % patch:
-            raise ValueError(f"{tokens} tokens are no square grid divisible by patch {patch}")
         self.cross, self.predicts, self.recalls = cross, predicts, recalls
         self.embed = nn.Linear((1 + recalls) * channels * patch**2, width)
         self.time = mlp(256, width, width)
@@ -459,9 +457,9 @@ def sample_flow(
     """Integrates dx/dt = velocity from t = 0 to t = 1: noise (B, N, C), cond (B, M, L) -> data.
 
     Guidance is u + s (c - u) with u under the condition zero; s = 1 is off and costs nothing. Heun
-    takes two evaluations a step, and one at the last, where t = 1 - step. With `fresh`, a source of
-    noise (B, N, C), each step goes on from the data it predicts under new noise, as consistency
-    models do: early mistakes are forgotten, at the price of a distribution somewhat too narrow.
+    takes two evaluations a step, and one at the last. With `fresh`, a source of noise (B, N, C),
+    each step goes on from the data it predicts under new noise, as consistency models do: early
+    mistakes are forgotten, at the price of a distribution somewhat too narrow.
     """
 
     def field(x: Tensor, t: Tensor, guess: Tensor) -> Tensor:
@@ -502,8 +500,8 @@ def to_images(pixels: Tensor) -> Tensor:
 class Treatment(nn.Module):
     """Fixed affine map of vectors to zero mean and unit variance, and back.
 
-    "standardise" scales each channel; "whiten" also turns to the principal axes and may keep only
-    the first `channels` of them. Flow matching needs data on the scale of its noise.
+    "standardise" scales each channel; "whiten" turns to the principal axes first, and may keep only
+    the `channels` strongest. Flow matching needs data on the scale of its noise.
     """
 
     def __init__(self, raw_channels: int, channels: int):

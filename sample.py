@@ -230,11 +230,13 @@ def evaluate_understanding(studio: Studio, dataset, limit: int = 500) -> dict:
 def evaluate_photos(studio: Studio, dataset, run: Path, seed: int) -> dict:
     """Do vectors made from validation captions look like their class, and pictures like pictures?
 
-    The class is a caption's last word, where at least 20 training captions share it; a vector
-    belongs to the class with the nearest mean. The reconstruction's baseline is the training
-    picture with the nearest vectors.
+    The class is a caption's last word, where it is one of the 100 commonest of the first 5,000
+    training captions and 20 share it; a vector belongs to the class with the nearest mean. The
+    reconstruction's baseline is the one of those 5,000 pictures with the nearest vectors.
     """
-    features = np.load(run.parent / "features.npy", mmap_mode="r")
+    same = dataset.meta["settings"] == studio.facts["data"]
+    require(same, f"{studio.config.data} is not as it was when {run} was trained: train again")
+    features = data.open_array(run.parent / "features.npy")
     train, val = dataset.train_ids[:5000], dataset.val_ids
     known, truth = (torch.from_numpy(features[ids]).float().flatten(1) for ids in (train, val))
     captions = [dataset.texts(i)["caption"] for i in val]
@@ -335,6 +337,8 @@ def run_tasks(
     """
     require(bool(ask) == bool(image), "--ask and --image go together")
     tasks = prompts or caption or ask or reconstruct or evaluate
+    clash = "prompts and --reconstruct would write the same picture: ask for one of them"
+    require(not (prompts and reconstruct), clash)
     require(tasks, "nothing to do: give a prompt, --caption, --ask, --reconstruct or --evaluate")
     path = find_run(run)
     print(f"weights {path}")

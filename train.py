@@ -143,7 +143,7 @@ class Config:
         square = side**2 == self.tokens and side % self.dit_patch == 0
         message = "expected a square whose side --dit_patch divides, such as 64"
         D.require(square, f"--tokens {self.tokens}, --dit_patch {self.dit_patch}: {message}")
-        units = {"vae_width": 8, "head_dim": 2}
+        units = {"vae_width": 8, "head_dim": 4}
         units |= {f"{part}width": self.head_dim for part in ("clip_", "", "dit_", "decoder_")}
         parts = self.accumulate * WORLD  # of a batch, over steps and processes
         units |= {f"{stage}_batch": parts for stage in ("vae", "understand", "generate", "decode")}
@@ -190,12 +190,9 @@ def parse_config(arguments: list[str]) -> Config:
     parser.add_argument("--preset", choices=PRESETS, help=text)
     for f in fields(Config):
         text = f"{f.metadata['help']} (default {f.default})"
-        if f.type is bool:
-            switch = argparse.BooleanOptionalAction
-            parser.add_argument(f"--{f.name}", action=switch, default=None, help=text)
-        else:
-            choices = f.metadata["choices"] or None
-            parser.add_argument(f"--{f.name}", type=f.type, choices=choices, help=text)
+        kind = {"type": f.type, "choices": f.metadata["choices"] or None}
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
+        parser.add_argument(f"--{f.name}", help=text, **kind)
     given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
     meta = Path(given.get("data", Config.data)) / "meta.json"
     try:
@@ -336,10 +333,17 @@ class Run:
         self.tokenizer = M.Tokenizer.fit(text for entry in texts for text in flat_texts(entry))
         words, side = self.tokenizer.words, self.data.images.shape[1]
         grid, latents, patch = math.isqrt(config.tokens), side // M.VAE.factor, config.decoder_patch
-        D.require(side % grid == 0, f"--tokens {grid**2}: expected a grid that divides {side} px")
+        message = f"expected a grid that divides {side} px, a multiple of {M.VAE.factor}"
+        fits = side % math.lcm(grid, M.VAE.factor) == 0
+        D.require(fits, f"--tokens {config.tokens}, pictures of {side} px: {message}")
         message = f"expected what divides the {latents} latents of a side"
         D.require(latents % patch == 0, f"--decoder_patch {patch}: {message}")
-        raw = self.data.channels
+        if raw := self.data.channels:
+            stored, fewer = self.data.maps["features"].shape[1], config.treatment == "whiten"
+            D.require(stored == config.tokens, f"--tokens {config.tokens}: the set has {stored}")
+            fits = config.channels == raw or (fewer and config.channels < raw)
+            message = f"expected the tower's {raw}, or fewer with --treatment whiten"
+            D.require(fits, f"--channels {config.channels}: {message}")
         torch.manual_seed(config.seed)
         self.model = m = M.BLIP3o(config, len(self.tokenizer), side, raw).to(self.device)
         # a card waits for nothing while a few steps are read ahead; a CPU has no core to spare
@@ -466,8 +470,7 @@ class Run:
 
     def build(self, rows) -> tuple[Tensor, Tensor]:
         c = self.config
-        texts = (c.text_length, self.cut)
-        return M.build_sequences(self.tokenizer, rows, c.tokens, c.queries, *texts)
+        return M.build_sequences(self.tokenizer, rows, c.tokens, c.queries, c.text_length, self.cut)
 
 
 def extra_loss(c: Config, parts: dict[str, Tensor]) -> Tensor:
@@ -566,10 +569,8 @@ def make_optimizers(c: Config, parameters: dict[str, nn.Parameter], dtype=torch.
     muon = c.optimizer == "muon"
     matrix = {n for n, p in parameters.items() if muon and p.ndim == 2 and re.search(MUON, n)}
     decayed = [p for n, p in parameters.items() if n not in matrix and p.ndim >= 2]
-    groups = [
-        {"params": decayed, "weight_decay": c.weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups = [{"params": decayed, "weight_decay": c.weight_decay}]
+    groups += [{"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=c.lr, betas=(0.9, 0.98), fused=True)]
     if matrix:
         matrices = [parameters[n] for n in sorted(matrix)]
@@ -608,7 +609,7 @@ class Trainer:
 
     def compile(self) -> None:
         """One graph of the whole loss; on a CPU, where that takes minutes, one of each kind of
-        block, of any length where lengths vary. The tiny CLIP has too few steps to gain by it."""
+        block, of any length where lengths vary; the tiny CLIP and the VAE gain too little there."""
         torch.compiler.reset()
         if self.run.device.type != "cpu":
             self.loss_of = torch.compile(self.loss_of, fullgraph=True)
@@ -620,10 +621,8 @@ class Trainer:
 
     def describe(self) -> str:
         names = sorted({".".join(n.split(".")[: 1 + n.startswith("back")]) for n in self.trained})
-        size, whole = (
-            sum(p.numel() for p in parameters) / 1e6
-            for parameters in (self.trained.values(), self.run.model.parameters())
-        )
+        groups = self.trained.values(), self.run.model.parameters()
+        size, whole = (sum(p.numel() for p in group) / 1e6 for group in groups)
         return f"trains {', '.join(names)} ({size:.2f} M), {whole - size:.2f} M are frozen"
 
     def check(self) -> None:
@@ -738,8 +737,7 @@ class Trainer:
         self.scaler.update()
         decay = min(c.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            pairs = list(self.averages.values()), list(self.trained.values())
-            torch._foreach_lerp_(*pairs, 1 - decay)
+            torch._foreach_lerp_([*self.averages.values()], [*self.trained.values()], 1 - decay)
         self.step += 1
         facts = {"rate": torch.tensor(rate), "norm": norm.detach(), "skipped": self.skipped}
         return {"loss": values["loss"], **facts, **values}

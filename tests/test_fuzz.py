@@ -328,7 +328,7 @@ def test_any_shards_are_prepared_or_named(capsys, tmp_path_factory, drawn):
 
 # ----------------------------------------------------------------------------------------- flags
 
-SAMPLE_FLAGS = ("count", "steps", "guidance", "seed", "decoder_steps", "decoder_guidance")
+SAMPLE_FLAGS = ("count", "steps", "guidance", "seed", "shift", "decoder_steps", "decoder_guidance")
 
 
 @cases(0.3)

@@ -23,6 +23,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import data
+import sample
+import train
 
 
 def encoded(image, kind="PNG", **options):
@@ -825,3 +827,22 @@ def test_a_long_name_is_bounded_in_memory(tmp_path, kind):
         shard.addfile(info, io.BytesIO(bytes(10**8)))
     highest, dropped = peak(tmp_path / "x.tar.gz")
     assert dropped == {"truncated shard": 1} and highest < 20e6
+
+
+def test_a_run_on_the_features_of_a_tower(small, tmp_path):
+    """Without a CLIP of its own a run learns from a tower's features, draws, sees and is scored;
+    numbers of channels or vectors that the set does not have are named."""
+    shard(tmp_path / "0.tar", 0, 40)
+    tower = ("vit_tiny_patch16_224", 16, "untrained")
+    data.prepare_photos(tmp_path / "0.tar", tmp_path / "set", 16, *tower)
+    flags = ["--preset", "micro", "--data", f"{tmp_path}/set", "--out", f"{tmp_path}/run"]
+    flags += ["--device", "cpu", "--compile", "off"]
+    for tokens, channels, named in ((16, 64, "channels"), (16, 16, "channels"), (64, 32, "tokens")):
+        config = train.parse_config([*flags, f"--tokens={tokens}", f"--channels={channels}"])
+        with pytest.raises(ValueError, match=f"--{named} .*the (tower's 32|set has 16)"):
+            train.Run(config)
+    train.main([*flags, "--tokens=16", "--channels=16", "--treatment=whiten"])
+    assert not (tmp_path / "run/clip.safetensors").exists()
+    sample.main(["--run", f"{tmp_path}/run", "--evaluate"])
+    scores = json.loads((tmp_path / "run/scores.json").read_text())
+    assert scores["psnr_reconstruction"] > 0 and "clip_top1_of_100" not in scores

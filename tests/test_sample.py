@@ -73,7 +73,9 @@ def test_the_same_seed_gives_the_same_picture(micro_run, tmp_path):
         ["--steps", "3"],
         ["--decoder_steps", "2"],
         ["--ode"],
-        ["--count", "3"],
+        ["--guidance", "1"],
+        ["--decoder_guidance", "1"],
+        ["--shift", "1"],
     ):
         changed = draw(micro_run, tmp_path / "2.png", PROMPTS[0], *other)
         assert not np.array_equal(first, changed), other
@@ -109,14 +111,21 @@ def test_seeing_and_answering_work_in_batches(studio, monkeypatch):
 
 
 @pytest.mark.filterwarnings("error")
-def test_captions_and_answers_are_printed(micro_run, picture, capsys):
-    """--caption and --ask print one line each after the weights."""
-    sample.main(["--run", str(micro_run), "--caption", picture])
-    assert len(capsys.readouterr().out.split("\n", 1)) == 2
-    sample.main(
-        ["--run", str(micro_run), "--ask", "how many circles are there?", "--image", picture]
+def test_captions_and_answers_are_printed(micro_run, picture, capsys, monkeypatch):
+    """--caption and --ask print what the run answers to that question, after the weights."""
+    answer = sample.Studio.answer
+    monkeypatch.setattr(
+        sample.Studio, "answer", lambda *a: [f"{a[2]} {len(q)}" for q in answer(*a)]
     )
-    assert capsys.readouterr().out.startswith("weights ")
+    for question, flags in (
+        ("describe", ["--caption", picture]),
+        ("how many circles are there?", ["--ask", "how many circles are there?"]),
+    ):
+        image = ["--image", picture] if "--ask" in flags else []
+        sample.main(["--run", str(micro_run), *flags, *image])
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == f"weights {micro_run}/model.safetensors" and len(lines) == 2
+        assert lines[1].startswith(f"['{question}'] ")
 
 
 def test_a_picture_is_reconstructed(micro_run, picture, tmp_path):
@@ -198,13 +207,16 @@ def test_what_is_scored_is_what_is_first_drawn(studio, monkeypatch):
 
 
 def test_photo_scores_on_a_run(studio, micro_run):
-    """The scores for photos are finite, and real features find their own class best."""
+    """Every score for photos lies in its range; another set than the run's is refused."""
     dataset = data.PreparedSet(studio.config.data)
     dataset.val_ids = dataset.val_ids[:40]
     scores = sample.evaluate_photos(studio, dataset, micro_run / "model.safetensors", 0)
     names = ("class_accuracy_real", "class_accuracy_generated")
     assert all(0 <= scores[name] <= 1 for name in names)
     assert scores["psnr_nearest_neighbour"] > 5 and scores["psnr_reconstruction"] > 0
+    dataset.meta["settings"]["seed"] += 1
+    with pytest.raises(ValueError, match="not as it was"):
+        sample.evaluate_photos(studio, dataset, micro_run / "model.safetensors", 0)
 
 
 def test_photos_without_classes_have_no_class_accuracy(studio, micro_run, monkeypatch):
