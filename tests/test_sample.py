@@ -322,6 +322,7 @@ WRONG = {
     "many": ["a circle", "--steps", "many"],
     "--stepz": ["a circle", "--stepz", "3"],
     "--image": ["--ask", "what is it?"],
+    "same picture": ["a circle", "--reconstruct", "EMPTY/text.png"],
     "EMPTY": ["a circle", "--run", "EMPTY"],
     "EMPTY/none.png": ["--caption", "EMPTY/none.png"],
     "EMPTY/text.png": ["--reconstruct", "EMPTY/text.png"],

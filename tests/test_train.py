@@ -96,7 +96,7 @@ def test_help_lists_every_setting(capsys):
         (["--draws", "0"], "--draws"),
         (["--save_every", "0"], "--save_every"),
         (["--head_dim", "0"], "--head_dim"),
-        (["--head_dim", "1"], "--head_dim"),  # rotary positions turn pairs
+        (["--head_dim", "6"], "--head_dim"),  # positions on a grid have four parts
         (["--tokens", "63"], "--tokens"),
         (["--width", "100"], "--width"),
         (["--drop", "1.5"], "--drop"),
