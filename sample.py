@@ -337,8 +337,7 @@ def run_tasks(
     """
     require(bool(ask) == bool(image), "--ask and --image go together")
     tasks = prompts or caption or ask or reconstruct or evaluate
-    clash = "prompts and --reconstruct would write the same picture: ask for one of them"
-    require(not (prompts and reconstruct), clash)
+    require(not (prompts and reconstruct), "prompts, --reconstruct: same picture, ask for one")
     require(tasks, "nothing to do: give a prompt, --caption, --ask, --reconstruct or --evaluate")
     path = find_run(run)
     print(f"weights {path}")

@@ -417,7 +417,9 @@ def test_two_processes_are_one(micro_flags, tmp_path):
     names = {path.name for path in (tmp_path / "one").iterdir()}
     assert {path.name for path in (tmp_path / "two").iterdir()} == names
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+    for name, tensor in one.items():  # as wholes: AdamW blows up the rounding of a gradient near 0
+        apart = (tensor.double() - two[name].double()).norm()
+        assert apart <= 2e-3 * tensor.double().norm(), name
     for stage in TRAINED:
         rows = [list(csv.DictReader(open(tmp_path / n / f"{stage}.csv"))) for n in ("one", "two")]
         losses = [[float(row["loss"]) for row in each] for each in rows]
