@@ -506,11 +506,14 @@ def thinned(text: str, rng, share: float) -> str:
 
 
 def noise_levels(losses: Tensor, t: Tensor, bins: int = 5) -> dict[str, Tensor]:
-    """Mean loss in equal bins of t, the curves that fall where the total looks flat."""
+    """In equal bins of t, the curves that fall where the total looks flat: sums of the loss and,
+    as "rows_", of rows, each over the batch's size, so that parts of a batch add up."""
     which = (t * bins).long().clamp(max=bins - 1)
     both = torch.stack([losses.detach(), torch.ones_like(losses)])  # bincount would make cards wait
     sums, counts = torch.zeros(2, bins, device=t.device).index_add(1, which, both)
-    return {f"loss_t{i / bins:.1f}": x for i, x in enumerate(sums / counts.clamp_min(1))}
+    names = [f"loss_t{i / bins:.1f}" for i in range(bins)]
+    names += [f"rows_{name}" for name in names]
+    return dict(zip(names, torch.cat([sums, counts]) / len(losses)))
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -713,6 +716,8 @@ class Trainer:
         grads = [p.grad for p in self.trained.values() if p.grad is not None]
         if self.world > 1:
             add_over_processes([*grads, *total.values()])
+        for name in [name for name in total if name.startswith("rows_")]:
+            total[name.removeprefix("rows_")] /= total.pop(name).clamp_min(1e-9)
         return dict(total)
 
     def update(self) -> dict[str, float]:
