@@ -598,8 +598,7 @@ def open_sample(sides, sample):
     try:
         require("image" in parts, "missing image")
         require("txt" in parts, "missing caption")
-        largest = max(map(len, parts.values()))
-        require(largest <= MAX_BYTES, f"file over {MAX_BYTES // 2**20} MB")
+        require(max(map(len, parts.values())) <= MAX_BYTES, f"file over {MAX_BYTES // 2**20} MB")
         require(len(parts["txt"]) <= MAX_CAPTION, f"caption over {MAX_CAPTION} bytes")
         caption = " ".join(parts["txt"].decode("utf-8-sig", "replace").split())
         require(caption, "empty caption")

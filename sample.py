@@ -38,8 +38,7 @@ def find_run(given: str | None) -> Path:
     """The weights file of a run folder: the given one, else the newest, else the shipped one."""
     if given:
         path = Path(given, "model.safetensors") if Path(given).is_dir() else Path(given)
-        found = f"--run {given}: no model.safetensors there; train it with train.py"
-        require(path.is_file(), found)
+        require(path.is_file(), f"--run {given}: no model.safetensors there; train with train.py")
         return path
     runs = sorted(Path("out").glob("*/model.safetensors"), key=lambda p: p.stat().st_mtime)
     runs = runs or sorted((HERE / "weights").glob("*.safetensors"))

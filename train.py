@@ -506,14 +506,12 @@ def thinned(text: str, rng, share: float) -> str:
 
 
 def noise_levels(losses: Tensor, t: Tensor, bins: int = 5) -> dict[str, Tensor]:
-    """In equal bins of t, the curves that fall where the total looks flat: sums of the loss and,
-    as "rows_", of rows, each over the batch's size, so that parts of a batch add up."""
+    """Shares of equal bins of t in the mean loss and, "rows_", the rows; those of parts add up."""
     which = (t * bins).long().clamp(max=bins - 1)
     both = torch.stack([losses.detach(), torch.ones_like(losses)])  # bincount would make cards wait
-    sums, counts = torch.zeros(2, bins, device=t.device).index_add(1, which, both)
-    names = [f"loss_t{i / bins:.1f}" for i in range(bins)]
-    names += [f"rows_{name}" for name in names]
-    return dict(zip(names, torch.cat([sums, counts]) / len(losses)))
+    sums = torch.zeros(2, bins, device=t.device).index_add(1, which, both) / len(losses)
+    names = [f"{kind}loss_t{i / bins:.1f}" for kind in ("", "rows_") for i in range(bins)]
+    return dict(zip(names, sums.flatten()))
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -716,8 +714,6 @@ class Trainer:
         grads = [p.grad for p in self.trained.values() if p.grad is not None]
         if self.world > 1:
             add_over_processes([*grads, *total.values()])
-        for name in [name for name in total if name.startswith("rows_")]:
-            total[name.removeprefix("rows_")] /= total.pop(name).clamp_min(1e-9)
         return dict(total)
 
     def update(self) -> dict[str, float]:
@@ -783,6 +779,8 @@ def train_stage(run: Run, stage: str) -> None:
             if trainer.step % 10 == 1 or last:  # reading values waits for the device
                 trainer.check()
                 row = {"step": trainer.step, **{k: float(v) for k, v in values.items()}}
+                for name in [name for name in row if name.startswith("rows_")]:
+                    row[name.removeprefix("rows_")] /= row.pop(name) or 1
                 trainer.rows.append(row)
                 bar.set_postfix_str(
                     f"loss {row['loss']:.3f} rate {row['rate']:.1e} norm {row['norm']:.2f}"
