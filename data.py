@@ -111,8 +111,7 @@ def deal(prompts, count, rng):
     mixed = [prompts[i] for i in rng.permutation(len(prompts))]
     strata = [(p.relation, len(p.objects), HELD_OUT.intersection(p.objects)) for p in mixed]
     turns = [strata[:i].count(stratum) for i, stratum in enumerate(strata)]
-    ordered = [mixed[i] for i in np.argsort(turns, kind="stable")]
-    return list(islice(cycle(ordered), count))
+    return list(islice(cycle(mixed[i] for i in np.argsort(turns, kind="stable")), count))
 
 
 def eval_prompts():
@@ -284,8 +283,7 @@ def short_caption(prompt, objects, rng):
     if len(objects) == 1:
         return rng.choice([noun(objects[0].shape), noun(None, objects[0].color)])
     part = rng.sample(objects, rng.randint(1, len(objects) - 1))
-    names = [noun(o.shape, rng.choice([o.color, None])) for o in part]
-    return listing(list(dict.fromkeys(names)))
+    return listing(list(dict.fromkeys(noun(o.shape, rng.choice([o.color, None])) for o in part)))
 
 
 def bindings(objects, links):
@@ -485,7 +483,7 @@ def open_tower(name, tokens=64, weights=None):
 
 # ---------------------------------------------------------------------------------- real photos
 
-KINDS = {"txt": "txt"} | dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image")
+KINDS = {".txt": "txt"} | dict.fromkeys((".jpg", ".jpeg", ".png", ".webp"), "image")
 MAX_BYTES, MAX_PIXELS = 64 * 2**20, 40_000_000
 MAX_CAPTION, MAX_ROW = 2**16, 2**17  # bytes; a row of a table is a caption and a path
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # EPS would start Ghostscript
@@ -531,6 +529,17 @@ def head(file):
         return file.read(MAX_BYTES + 1)
 
 
+def read_file(path):
+    """The bytes of a file, cut likewise, or None where the disk or its rights forbid it."""
+    with suppress(OSError):
+        return head(open(path, "rb"))
+
+
+def files_of(folder):
+    """Its files, those of one sample ("photo 1.2.jpg", "photo 1.2.txt") side by side."""
+    return sorted(filter(os.path.isfile, Path(folder).rglob("*")), key=os.path.splitext)
+
+
 class Header(tarfile.TarInfo):
     """A header of a tar; ValueError if it is a long name or the like, which is read whole."""
 
@@ -542,18 +551,17 @@ class Header(tarfile.TarInfo):
 
 
 def entries(path):
-    """(name, bytes cut beyond MAX_BYTES) of each file in a tar, a table's rows or a folder."""
+    """(key, ending, `read_file`) of each file in a tar, a table's rows or a folder."""
     if os.path.isdir(path):
-        files = filter(Path.is_file, sorted(Path(path).rglob("*")))
-        yield from ((str(file), head(file.open("rb"))) for file in files)
+        yield from ((*os.path.splitext(file), read_file(file)) for file in files_of(path))
     elif path.endswith(".tsv"):
         with open(path, "rb") as table:  # not csv, which merges rows that begin with a quote
             for number, line in enumerate(iter(lambda: table.readline(MAX_ROW), b"")):
                 caption, _, name = line.rstrip(b"\r\n").partition(b"\t")
                 image = Path(path).parent / os.fsdecode(name)
-                yield f"{number}.txt", caption
+                yield str(number), ".txt", caption
                 if os.path.isfile(image):
-                    yield f"{number}{image.suffix}", head(image.open("rb"))
+                    yield str(number), image.suffix, read_file(image)
                 while line and not line.endswith(b"\n"):  # the rest of a row that is too long
                     line = table.readline(MAX_ROW)
     else:
@@ -562,7 +570,9 @@ def entries(path):
                 shard.members = []  # tarfile remembers every member otherwise
                 data = head(shard.extractfile(member))
                 require(len(data) == min(member.size, MAX_BYTES + 1), "a file that is cut")
-                yield member.name, data
+                folder, name = os.path.split(member.name)
+                stem, dot, ending = name.partition(".")  # at the first dot, as webdataset does
+                yield os.path.join(folder, stem), dot + ending, data
             # tarfile takes a broken header for the end
             require(shard.fileobj.read(512) == bytes(512), "no end")
 
@@ -570,10 +580,10 @@ def entries(path):
 def members(path, dropped):
     """(key, "image" or "txt", bytes) of each file that matters; a broken tar ends early."""
     try:
-        for name, data in entries(path):
-            stem, _, ending = os.path.basename(name).partition(".")
-            if stem and ending.lower() in KINDS:
-                yield os.path.join(os.path.dirname(name), stem), KINDS[ending.lower()], data
+        for key, ending, data in entries(path):
+            # not what is hidden: macOS puts ._photo.jpg beside a file
+            if os.path.basename(key)[:1] not in ("", ".") and ending.lower() in KINDS:
+                yield key, KINDS[ending.lower()], data
     except Exception:  # tarfile raises nearly anything on broken headers
         dropped["truncated shard"] += 1
 
@@ -598,6 +608,7 @@ def open_sample(sides, sample):
     try:
         require("image" in parts, "missing image")
         require("txt" in parts, "missing caption")
+        require(None not in parts.values(), "unreadable file")
         require(max(map(len, parts.values())) <= MAX_BYTES, f"file over {MAX_BYTES // 2**20} MB")
         require(len(parts["txt"]) <= MAX_CAPTION, f"caption over {MAX_CAPTION} bytes")
         caption = " ".join(parts["txt"].decode("utf-8-sig", "replace").split())
@@ -619,18 +630,13 @@ def read_samples(sources, dropped, sides=(), workers=1):
     with ThreadPoolExecutor(workers) as pool:
         for path in expand_sources(sources):
             opened = ()
-            for samples in chain(batched(read_groups(path, dropped)), [()]):
+            for samples in chain(BatchSampler(read_groups(path, dropped), 32, False), [()]):
                 ready, opened = opened, pool.map(partial(open_sample, sides), samples)
                 for sample in ready:
                     if isinstance(sample, str):
                         dropped[sample] += 1
                     else:
                         yield sample
-
-
-def batched(items):
-    """Lists of 32 items, the last one of what is left."""
-    return BatchSampler(items, 32, drop_last=False)
 
 
 def square(image, side):
@@ -641,7 +647,7 @@ def square(image, side):
 
 # ------------------------------------------------------------------------------ the prepared set
 
-FORMAT = 4  # of the folder; raise it when an older folder must not be read
+FORMAT = {"shapes": 4, "photos": 5}  # raise one where an older folder must not be read
 LIMITS = {"count": (2, 10**9), "seed": (0, 2**63), "size": (8, 1024), "tokens": (1, 4096)}
 LIMITS |= {"workers": (1, 256)}
 CHUNK = 1000  # scenes between two commits
@@ -731,7 +737,7 @@ def write_set(out, settings, sources, read):
     meta.json holds the files' sizes after each source, from which a later run goes on, and the
     version once the set is finished. ValueError where a set of other settings lies in the folder.
     """
-    out, settings = Path(out), settings | {"format": FORMAT}
+    out, settings = Path(out), settings | {"format": FORMAT[settings["kind"]]}
     state = {"settings": settings, "units": 0, "count": 0, "arrays": {}, "dropped": {}}
     if (out / "meta.json").is_file():
         state = read_json(out / "meta.json")
@@ -764,29 +770,32 @@ def write_set(out, settings, sources, read):
     reasons = f" {dict(dropped.most_common())}" if lost else ""
     print(warning, f"{kept} samples kept, {lost} dropped{reasons}; {facts}, {rate}")
     require(kept, f"no usable sample: {dict(dropped)}")
-    write_json(out / "meta.json", state | {"version": FORMAT})
+    write_json(out / "meta.json", state | {"version": settings["format"]})
     return PreparedSet(out)
 
 
 class PreparedSet:
     """A finished folder of `prepare_shapes` or `prepare_photos`, opened as memory maps.
 
-    images: uint8 (N, S, S, 3); channels: C of a tower's `vectors`, None without them; train_ids,
-    val_ids: the rows of each split (2 % or 500 validate, at most half). ValueError if unfinished.
+    images: uint8 (N, S, S, 3); channels: C of a tower's `vectors`, None without; train_ids and
+    val_ids: the split, 2 % or 500, at most half, each photo on one side. ValueError if unfinished.
     """
 
     def __init__(self, folder):
         self.folder, path = folder, Path(folder) / "meta.json"
         self.meta = read_json(path) if path.is_file() else {}
-        finished = self.meta.get("version") == FORMAT
-        require(finished, f"{folder} is not a finished set of format {FORMAT}: run data.py first")
+        wanted = FORMAT.get(self.meta.get("settings", {}).get("kind"), "any")
+        message = f"{folder} is not a finished set of format {wanted}: run data.py first"
+        require(self.meta.get("version") == wanted, message)
         maps = {name: open_array(path.with_name(f"{name}.npy")) for name in self.meta["arrays"]}
         self.maps, self.images = maps, maps["images"]
         self.channels = math.prod(maps["features"].shape[2:]) if "features" in maps else None
         order, count = np.arange(len(self)), min(max(len(self) // 50, 500), len(self) // 2)
-        if self.meta["settings"]["kind"] == "photos":  # the last shard may differ from the others
-            order = np.random.default_rng(0).permutation(len(self))
-        self.train_ids, self.val_ids = map(np.sort, np.split(order, [len(self) - count]))
+        if "pictures" in maps:  # in any order, since the last shard may differ from the others
+            _, picture = np.unique(maps["pictures"], return_inverse=True)
+            order = np.random.default_rng(0).permutation(len(self))[picture]
+        held = order >= np.sort(order)[len(self) - max(1, count)]
+        self.train_ids, self.val_ids = np.flatnonzero(~held), np.flatnonzero(held)
 
     def __len__(self):
         return len(self.images)
@@ -826,7 +835,7 @@ def prepare_shapes(out="data/shapes", count=60000, seed=0):
 
 def fingerprint(path):
     """Changes with a source: the checksum of its files' names, sizes and times."""
-    files = sorted(Path(path).rglob("*")) if os.path.isdir(path) else [Path(path)]
+    files = files_of(path) if os.path.isdir(path) else [Path(path)]
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return zlib.crc32(repr(facts).encode())
 
@@ -878,10 +887,10 @@ def prepare_photos(
         sides.append(facts["side"])
 
     def read(path, dropped):
-        for batch in batched(read_samples(path, dropped, sides, workers)):
+        for batch in BatchSampler(read_samples(path, dropped, sides, workers), 32, False):
             _, squares, captions = zip(*batch)
             images, *views = map(np.stack, zip(*squares))
-            rows = {"images": images}
+            rows = {"images": images, "pictures": np.array([*map(zlib.crc32, images)], np.uint32)}
             if tower:
                 pixels = torch.from_numpy(views[0]).to(device) / 255
                 rows |= pack(model(pixels.permute(0, 3, 1, 2)), int8)  # of (B, 3, side, side)

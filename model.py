@@ -183,8 +183,7 @@ class Attention(nn.Module):
             k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
         if cache is not None:
             cache[:] = [k, v]
-        mixed = attention(q, k, v, mask)
-        return self.out(rearrange(mixed, "b h t e -> b t (h e)"))
+        return self.out(rearrange(attention(q, k, v, mask), "b h t e -> b t (h e)"))
 
     def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of what is looked at: (B, M, D) -> two of (B, H, M, E)."""
@@ -381,11 +380,8 @@ def timestep_features(t: Tensor) -> Tensor:
 
 def resize_grid(grid: Tensor, tokens: int) -> Tensor:
     """A square grid of vectors at another resolution, nearest: (B, M, D) -> (B, tokens, D)."""
-    old, new = math.isqrt(grid.shape[1]), math.isqrt(tokens)
-    if old == new:
-        return grid
-    grid = rearrange(grid, "b (r c) d -> b d r c", r=old)
-    return rearrange(F.interpolate(grid, size=(new, new)), "b d r c -> b (r c) d")
+    grid = rearrange(grid, "b (r c) d -> b d r c", r=math.isqrt(grid.shape[1]))
+    return rearrange(F.interpolate(grid, size=[math.isqrt(tokens)] * 2), "b d r c -> b (r c) d")
 
 
 # --------------------------------------------------------------------------------- flow matching
@@ -416,11 +412,9 @@ def flow_loss(dit: nn.Module, x: Tensor, noise: Tensor, t: Tensor, cond: Tensor)
     if dit.recalls:
         first = torch.arange(len(x), device=x.device).view(len(cond), -1)[::2].flatten()
         with torch.no_grad():
-            v = velocity(dit, x_t[first], t[first], cond[::2])
-            made = x_t[first] + (1 - at[first]) * v
+            made = x_t[first] + (1 - at[first]) * velocity(dit, x_t[first], t[first], cond[::2])
             guess = torch.zeros_like(x).index_copy(0, first, made)
-    error = velocity(dit, x_t, t, cond, guess) - (x - noise)
-    return error.float().square().mean((1, 2))
+    return (velocity(dit, x_t, t, cond, guess) - (x - noise)).float().square().mean((1, 2))
 
 
 def spread_times(rows: Tensor, count: int, draws: int, offset: float) -> Tensor:
@@ -799,12 +793,10 @@ class BLIP3o(nn.Module):
         self.vae = VAE(c.vae_width, c.vae_depth)
         self.latent_treatment = Treatment(4, 4)
         self.backbone = Unified(vocabulary, vectors, c.queries, *size(c.width, c.depth))
-        head = size(c.dit_width, c.dit_depth)
         flow = {"patch": c.dit_patch, "predicts": c.predicts, "recalls": c.recalls}
-        self.head = DiT(vectors, c.width, *head, **flow)
-        decoder = size(c.decoder_width, c.decoder_depth)
-        grid = {"patch": c.decoder_patch, "cross": False}
-        self.decoder = DiT((latents, 4), c.channels, *decoder, **grid)
+        self.head = DiT(vectors, c.width, *size(c.dit_width, c.dit_depth), **flow)
+        decoder, patch = size(c.decoder_width, c.decoder_depth), c.decoder_patch
+        self.decoder = DiT((latents, 4), c.channels, *decoder, patch=patch, cross=False)
 
     def imagine(self, ids: Tensor, noise: Tensor, **flow) -> Tensor:
         """Prompts that end in the queries (B, T), noise (B, N, C) -> vectors (B, N, C)."""

@@ -26,11 +26,11 @@ from tqdm import tqdm
 import data
 import model as M
 from data import require
-from train import DESCRIBE, best_device, extra_loss, load_model
+from train import DESCRIBE, best_device, check_same, extra_loss, load_model
 
 HERE = Path(__file__).parent
 BATCH = 128  # rows at once: bounds the memory, changes no picture
-LIMITS = {"count": (1, 1000), "steps": (1, 1000), "guidance": (0, 100), "seed": (0, 2**32)}
+LIMITS = {"count": (1, 1000), "steps": (1, 1000), "guidance": (0, 100), "seed": (0, 2**32 - 1)}
 LIMITS |= {"decoder_steps": (1, 1000), "decoder_guidance": (0, 100), "shift": (0.01, 100)}
 
 
@@ -92,8 +92,8 @@ class Studio:
     def paint(self, vectors: Tensor, seeds: list[int]) -> np.ndarray:
         """Vectors (B, N, C) -> pictures (B, S, S, 3) uint8; the noise differs from imagine's."""
 
-        def flow(vectors, seeds):
-            noise = row_noise(seeds + 2**32, self.net.decoder.shape, self.device)
+        def flow(vectors, seeds):  # 2**31, since torch keeps 32 bits of a seed
+            noise = row_noise(seeds + 2**31, self.net.decoder.shape, self.device)
             return self.net.paint(vectors, noise(), **self.paint_options)
 
         return torch.cat(in_batches("pixels", flow, vectors, torch.tensor(seeds))).cpu().numpy()
@@ -133,8 +133,7 @@ def save_grid(path: Path, images: np.ndarray, labels: list[str], columns: int) -
     """Rows of pictures (B, S, S, 3) with a label under each row; prints the path."""
     scale = max(1, 128 // images.shape[1])
     tile = images.shape[1] * scale + 4  # px; a label's strip adds 18
-    size = max(columns * tile, 420) + 4, len(labels) * (tile + 18) + 4
-    sheet = Image.new("RGB", size, "white")
+    sheet = Image.new("RGB", (max(columns * tile, 420) + 4, len(labels) * (tile + 18) + 4), "white")
     for i, image in enumerate(images.repeat(scale, 1).repeat(scale, 2)):
         x, y = i % columns * tile + 4, i // columns * (tile + 18) + 4
         sheet.paste(Image.fromarray(image), (x, y))
@@ -226,34 +225,33 @@ def evaluate_understanding(studio: Studio, dataset, limit: int = 500) -> dict:
     return {"vqa": float(np.mean(np.equal(given, answers))), "vqa_majority": majority}
 
 
-def evaluate_photos(studio: Studio, dataset, run: Path, seed: int) -> dict:
+def evaluate_photos(studio: Studio, dataset, run: Path, seed: int, limit: int = 500) -> dict:
     """Do vectors made from validation captions look like their class, and pictures like pictures?
 
-    The class is a caption's last word, where it is one of the 100 commonest of the first 5,000
-    training captions and 20 share it; a vector belongs to the class with the nearest mean. The
-    reconstruction's baseline is the one of those 5,000 pictures with the nearest vectors.
+    Of at most `limit` validation rows. The class is a caption's last word, where it is one of the
+    100 commonest of the first 5,000 training captions and 20 share it; captions of no class do not
+    count. A vector belongs to the class with the nearest mean. The reconstruction's baseline is the
+    one of those 5,000 pictures with the nearest vectors.
     """
-    same = dataset.meta["settings"] == studio.facts["data"]
-    require(same, f"{studio.config.data} is not as it was when {run} was trained: train again")
     features = data.open_array(run.parent / "features.npy")
-    train, val = dataset.train_ids[:5000], dataset.val_ids
+    val = dataset.val_ids[:: math.ceil(len(dataset.val_ids) / limit)]
+    train = dataset.train_ids[:5000]
     known, truth = (torch.from_numpy(features[ids]).float().flatten(1) for ids in (train, val))
     captions = [dataset.texts(i)["caption"] for i in val]
     words = np.array([dataset.texts(i)["caption"].split()[-1] for i in train])
     classes = [word for word, n in Counter(words.tolist()).most_common(100) if n >= 20]
     images, seeds = dataset.images[val], [seed * 1_000_000 + i for i in range(len(val))]
     nearest = dataset.images[train[torch.cdist(truth, known).argmin(1).numpy()]]
-    scores = {
-        "psnr_reconstruction": psnr(images, studio.paint(studio.see(images), seeds)),
-        "psnr_nearest_neighbour": psnr(images, nearest),
-    }
-    if not classes:  # captions of free text, or few of them
+    scores = {"psnr_reconstruction": psnr(images, studio.paint(studio.see(images), seeds))}
+    scores |= {"psnr_nearest_neighbour": psnr(images, nearest)}
+    rows = [n for n, caption in enumerate(captions) if caption.split()[-1] in classes]
+    if not rows:  # captions of free text, or few of them
         return scores
     means = torch.stack([known[torch.from_numpy(words == word)].mean(0) for word in classes])
 
     def accuracy(vectors: Tensor) -> float:
-        nearest = torch.cdist(vectors.cpu().flatten(1), means).argmin(1).tolist()
-        return float(np.mean([classes[n] == c.split()[-1] for n, c in zip(nearest, captions)]))
+        nearest = torch.cdist(vectors.cpu().flatten(1), means).argmin(1)
+        return float(np.mean([classes[nearest[n]] == captions[n].split()[-1] for n in rows]))
 
     scores["class_accuracy_real"] = accuracy(truth)
     scores["class_accuracy_generated"] = accuracy(studio.imagine(captions, seeds))
@@ -279,6 +277,7 @@ def matmul_rate(device, side: int = 2048) -> float:
 def evaluate_run(studio: Studio, path: Path, seed: int, count: int) -> None:
     """Writes scores.json beside the weights."""
     begun, dataset = time.perf_counter(), data.PreparedSet(studio.config.data)
+    check_same(path, studio.facts, {"data": dataset.meta["settings"]})
     torch.manual_seed(seed)
     studio.cut = Counter()  # the set's own texts may be long, as in training
     scores = evaluate_clip(studio, dataset) if studio.net.clip is not None else {}
@@ -341,8 +340,7 @@ def run_tasks(
     path = find_run(run)
     print(f"weights {path}")
     flow = dict(steps=steps, guidance=guidance, shift=shift)
-    decoder = dict(steps=decoder_steps, guidance=decoder_guidance)
-    studio = Studio(path, flow, decoder, ode)
+    studio = Studio(path, flow, dict(steps=decoder_steps, guidance=decoder_guidance), ode)
     if prompts:
         texts = [text for text in prompts for _ in range(count)]
         images = studio.draw(texts, [seed + i for i in range(len(texts))])

@@ -22,6 +22,7 @@ import signal
 import sys
 import sysconfig
 import time
+import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
@@ -38,7 +39,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 import data as D
@@ -48,6 +49,9 @@ STAGES = ("clip", "vae", "cache", "understand", "generate", "tune", "decode")
 STEPS = tuple(f"{stage}_steps" for stage in STAGES)
 SHARES = ("drop", "broad_share", "repeat_share", "thin", "cooldown", "ema")  # settings in 0..1
 VERSION = 2  # of the checkpoints
+# the stages whose weights a stage learns with: trained anew, they need it trained anew too
+BUILT_ON = {"cache": ("clip", "vae"), "understand": ("clip",), "decode": ("clip", "vae")}
+BUILT_ON |= {"generate": ("clip", "understand"), "tune": ("clip", "understand", "generate")}
 # the optimiser's matrices: adaLN's are wide, so that orthogonalising them costs more than it gains
 MUON = r"blocks\.(?!.*modulation)"
 HARMLESS = {"data", "out", "device", "precision", "compile", "save_every", "strip_every"}
@@ -155,26 +159,23 @@ class Config:
 PRESETS = {
     "demo": {},
     "photos": {  # no questions and no clean prompts: less to understand, nothing to tune
-        **{"clip_steps": 400, "vae_steps": 500, "understand_steps": 250, "generate_steps": 900},
-        **{"tune_steps": 0, "decode_steps": 500, "generate_batch": 8, "draws": 8},
-        **{"channels": 32, "clip_noise": 0.1, "queries": 64},
+        **dict(clip_steps=400, vae_steps=500, understand_steps=250, tune_steps=0, decode_steps=500),
+        **dict(generate_batch=8, draws=8, queries=64, channels=32, clip_noise=0.1),
     },
     "cc3m": {  # features of a timm tower, 768 wide, and pictures of 128 px, on a card of 8 GB
-        **{"channels": 768, "queries": 64, "width": 512, "depth": 8, "predicts": "v"},
-        **{"dit_width": 768, "dit_depth": 8, "dit_patch": 1, "shift": 3.5, "draws": 1},
-        **{"decoder_width": 384, "decoder_depth": 8, "vae_width": 128, "vae_depth": 3},
-        **{"vae_steps": 5000, "understand_steps": 10_000, "generate_steps": 50_000},
-        **{"tune_steps": 0, "decode_steps": 30_000, "accumulate": 4, "vae_batch": 32},
-        **{"understand_batch": 64, "generate_batch": 64, "decode_batch": 32, "head_dim": 64},
-        **{"lr": 1e-3, "warmup": 500, "ema": 0.999, "save_every": 1000, "strip_every": 1000},
+        **dict(channels=768, queries=64, width=512, depth=8, head_dim=64, draws=1, shift=3.5),
+        **dict(dit_width=768, dit_depth=8, dit_patch=1, predicts="v", accumulate=4),
+        **dict(decoder_width=384, decoder_depth=8, vae_width=128, vae_depth=3, vae_batch=32),
+        **dict(understand_batch=64, generate_batch=64, decode_batch=32, vae_steps=5000),
+        **dict(understand_steps=10_000, generate_steps=50_000, tune_steps=0, decode_steps=30_000),
+        **dict(lr=1e-3, warmup=500, ema=0.999, save_every=1000, strip_every=1000),
     },
     "micro": {  # seconds, for tests
         **{f"{part}_width": 32 for part in ("clip", "dit", "decoder")},
         **{f"{part}_depth": 1 for part in ("clip", "dit", "decoder", "vae")},
         **{f"{stage}_steps": 6 for stage in STAGES if stage != "cache"},
         **{f"{stage}_batch": 4 for stage in ("clip", "vae", "understand", "generate", "decode")},
-        **{"width": 32, "depth": 1, "vae_width": 16, "draws": 2, "warmup": 2},
-        **{"save_every": 4, "strip_every": 4},
+        **dict(width=32, depth=1, vae_width=16, draws=2, warmup=2, save_every=4, strip_every=4),
     },
 }
 
@@ -197,8 +198,7 @@ def parse_config(arguments: list[str]) -> Config:
     meta = Path(given.get("data", Config.data)) / "meta.json"
     try:
         photos = meta.is_file() and D.read_json(meta)["settings"]["kind"] == "photos"
-        preset = given.pop("preset", "photos" if photos else "demo")
-        return Config(**{**PRESETS[preset], **given})
+        return Config(**PRESETS[given.pop("preset", "photos" if photos else "demo")] | given)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
@@ -254,12 +254,6 @@ def add_over_processes(tensors: list[Tensor]) -> None:
     dist.all_reduce(flat)
     for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
         tensor.copy_(part.view_as(tensor))
-
-
-def wait_for_all() -> None:
-    """Returns once every process is here."""
-    if WORLD > 1:
-        dist.barrier()
 
 
 def checksum(tensors: dict[str, Tensor], metadata: dict) -> str:
@@ -328,16 +322,23 @@ class Run:
     def __init__(self, config: Config):
         self.config, self.out, self.data = config, Path(config.out), D.PreparedSet(config.data)
         self.caches, self.cut = {}, Counter()
+        D.require(
+            len(self.data.train_ids), f"--data {config.data}: it has one picture, expected two"
+        )
         self.device, self.dtype, compile = resolve_machine(config)
         texts = (self.data.texts(i) for i in self.data.train_ids[:5000])
         self.tokenizer = M.Tokenizer.fit(text for entry in texts for text in flat_texts(entry))
         words, side = self.tokenizer.words, self.data.images.shape[1]
         grid, latents, patch = math.isqrt(config.tokens), side // M.VAE.factor, config.decoder_patch
-        message = f"expected a grid that divides {side} px, a multiple of {M.VAE.factor}"
-        fits = side % math.lcm(grid, M.VAE.factor) == 0
+        fits = side % math.lcm(grid, M.VAE.factor) == 0 and grid <= latents
+        message = (
+            f"expected a multiple of {M.VAE.factor} that the grid, at most {latents} wide, divides"
+        )
         D.require(fits, f"--tokens {config.tokens}, pictures of {side} px: {message}")
-        message = f"expected what divides the {latents} latents of a side"
-        D.require(latents % patch == 0, f"--decoder_patch {patch}: {message}")
+        # no coarser than the grid of vectors, of which the decoder would read some only
+        patches = [n for n in range(1, latents // grid + 1) if latents % n == 0]
+        message = f"--decoder_patch {patch}: expected one of {patches} for {config.tokens} vectors"
+        D.require(patch in patches, message)
         if raw := self.data.channels:
             stored, fewer = self.data.maps["features"].shape[1], config.treatment == "whiten"
             D.require(stored == config.tokens, f"--tokens {config.tokens}: the set has {stored}")
@@ -376,8 +377,7 @@ class Run:
 
     def vae_batch(self, rows):
         side = self.data.images.shape[1] // M.VAE.factor
-        noise = draw_noise(rows.rngs, (4, side, side))
-        return {"images": self.images(rows.ids), "noise": noise}
+        return {"images": self.images(rows.ids), "noise": draw_noise(rows.rngs, (4, side, side))}
 
     def vae_loss(self, images, noise):
         parts = self.model.vae(M.to_pixels(images), noise)
@@ -435,8 +435,7 @@ class Run:
         return {**batch, **self.flow_batch(rows, self.cached("latents", rows.ids))}
 
     def decode_loss(self, vectors, strength, blur, kept, **flow):
-        cond = (vectors + strength * blur) * kept
-        losses = M.flow_loss(self.model.decoder, cond=cond, **flow)
+        losses = M.flow_loss(self.model.decoder, cond=(vectors + strength * blur) * kept, **flow)
         return losses, noise_levels(losses, flow["t"])
 
     def flow_batch(self, rows, x: Tensor, draws: int = 1, shift: float = 1.0) -> dict[str, Tensor]:
@@ -545,8 +544,7 @@ class Muon(torch.optim.Optimizer):
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 grad = torch.where(self.found_inf == 0, p.grad, momentum)
                 momentum.lerp_(grad, 1 - group["momentum"])
-                nesterov = grad.lerp(momentum, group["momentum"])
-                shapes[p.shape].append((p, nesterov))
+                shapes[p.shape].append((p, grad.lerp(momentum, group["momentum"])))  # Nesterov's
             for shape, pairs in shapes.items():
                 updates = orthogonalise(torch.stack([update for _, update in pairs]), self.dtype)
                 rate = group["lr"] * (1 - self.found_inf)
@@ -818,12 +816,13 @@ def write_log(path: Path, rows: list[dict]) -> None:
 
 
 def check_same(path: Path, found: dict, wanted: dict) -> None:
-    """ValueError if a checkpoint was made with other settings or from another set."""
-    for part in ("config", "data"):
+    """ValueError if a checkpoint was made with other settings, weights or another set."""
+    advice = {"config": "other --out?", "data": "other set?", "built_on": "delete it too"}
+    for part in filter(wanted.get, advice):
         for key, new in wanted[part].items():
-            old, message = found[part].get(key), f"{path} was made with {key} "
-            D.require(old == new or key in HARMLESS, f"{message}{old}, not {new}: other --out?")
-    old, new = found["version"], wanted["version"]
+            old, message = found.get(part, {}).get(key), f"{path} was made with {key} "
+            D.require(old == new or key in HARMLESS, f"{message}{old}, not {new}: {advice[part]}")
+    old, new = found["version"], wanted.get("version", VERSION)
     D.require(old == new, f"{path} has version {old}, not {new}")
 
 
@@ -840,8 +839,7 @@ def fill_cache(run: Run) -> None:
     sample = run.data.train_ids[:: max(1, len(run.data.train_ids) // 2000)]
     parts = np.array_split(sample, math.ceil(len(sample) / 128))
     m.treatment.fit(torch.cat([encode(ids).cpu() for ids in parts]), run.config.treatment)
-    latents = torch.cat([m.vae.encode(run.pixels(ids)).cpu() for ids in parts])
-    m.latent_treatment.fit(latents)
+    m.latent_treatment.fit(torch.cat([m.vae.encode(run.pixels(ids)).cpu() for ids in parts]))
     encoders = {
         "features": lambda ids: m.treatment(encode(ids)),
         "latents": lambda ids: m.latent_treatment(m.vae.encode(run.pixels(ids))),
@@ -877,37 +875,41 @@ def save_strip(run: Run, stage: str, step: int) -> None:
     else:
         return
     both = torch.cat([M.to_images(pixels), shown]).permute(0, 3, 1, 2) / 255
-    grid = make_grid(both, nrow=len(ids))
-    D.write_whole(run.out / f"{stage}-{step:06d}.png", lambda file: save_image(grid, file, "PNG"))
+    strip = run.out / f"{stage}-{step:06d}.png"
+    D.write_whole(strip, lambda file: save_image(both, file, "PNG", nrow=len(ids)))
 
 
 def train_run(config: Config) -> None:
     run = Run(config)
-    path, seconds = run.out / "model.safetensors", {}
+    path, seconds, sums = run.out / "model.safetensors", {}, {}
     for stage in STAGES if run.model.clip is not None else STAGES[1:]:
         part = run.out / f"{stage}.safetensors"
         if getattr(config, f"{stage}_steps", 1) == 0:
             continue
+        run.metadata["built_on"] = {name: sums.get(name) for name in BUILT_ON.get(stage, ())}
         missing = not part.exists()
-        wait_for_all()  # each has looked before one writes
+        if WORLD > 1:
+            dist.barrier()  # each has looked before one writes
         if missing and RANK == 0:
             path.unlink(missing_ok=True)
         if missing and stage != "cache":
             train_stage(run, stage)
         elif missing and RANK == 0:
             fill_cache(run)
-        wait_for_all()
+        if WORLD > 1:
+            dist.barrier()
         tensors, metadata = load_weights(part)
         check_same(part, metadata, run.metadata)
         run.model.load_state_dict(tensors, strict=False)
-        seconds[stage] = round(metadata["seconds"], 1)
+        seconds[stage], sums[stage] = round(metadata["seconds"], 1), zlib.crc32(save(tensors))
         if RANK == 0:
             for file in run.out.glob(f"{stage}.partial*"):  # here, for a kill before it
                 file.unlink()
     if RANK == 0:
+        run.metadata["built_on"] = sums
         if not path.exists():
             save_weights(path, run.model.state_dict(), {**run.metadata, "seconds": seconds})
-        load_weights(path)
+        check_same(path, load_weights(path)[1], run.metadata)
     if WORLD > 1:
         dist.destroy_process_group()
     print(f"trained in {sum(seconds.values()):.0f} s: {path}")
@@ -917,8 +919,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line; what a user can get wrong ends in one line and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     config = parse_config(arguments)
-    again = f"; to continue: python train.py {shlex.join(arguments)}"
-    with D.plain_errors("train.py", again):
+    with D.plain_errors("train.py", f"; to continue: python train.py {shlex.join(arguments)}"):
         if RANK:  # one process speaks, writes and holds the folder for all of them
             with redirect_stdout(io.StringIO()):
                 return train_run(config)

@@ -278,6 +278,44 @@ def test_a_folder_is_a_source(tmp_path):
     }
 
 
+def test_a_folder_keys_its_files_by_all_but_the_ending(tmp_path):
+    """Further dots belong to the name, files that begin with one are not looked at, and a link to
+    nothing loses its own sample alone."""
+    names = ("photo 1.2", "photo 1.3", "photo", "._photo", "photo.k")
+    for i, name in enumerate(names):
+        (tmp_path / f"{name}.jpg").write_bytes(photo(i))
+        (tmp_path / f"{name}.txt").write_text(name)
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nothing")
+    (tmp_path / "gone.txt").write_text("x")
+    samples, dropped = read(tmp_path)
+    assert {text for *_, text in samples} == set(names) - {"._photo"} and len(samples) == 4
+    assert all(Path(key).name == text for key, _, text in samples)
+    assert dropped == {"missing image": 1}
+    assert len(data.prepare_photos(tmp_path, tmp_path / "set")) == 4
+
+
+@pytest.mark.parametrize("kind", ["folder", "table"])
+@pytest.mark.parametrize("moment", ["open", "read"])
+def test_an_unreadable_file_loses_its_sample_alone(tmp_path, monkeypatch, kind, moment):
+    """Rights or a bad block: the sample is dropped and counted once, the rest is kept."""
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(photo(i))
+        (tmp_path / f"{i}.txt").write_text(f"text {i}")
+    (tmp_path / "all.tsv").write_text("".join(f"text {i}\t{i}.jpg\n" for i in range(3)))
+
+    def failing_open(path, *mode):
+        if str(path).endswith("1.jpg"):
+            if moment == "open":
+                raise PermissionError(13, "Permission denied")
+            return open(os.open(tmp_path, os.O_RDONLY), *mode)  # of which a read fails
+        return open(path, *mode)
+
+    monkeypatch.setattr(data, "open", failing_open, raising=False)
+    samples, dropped = read(tmp_path if kind == "folder" else tmp_path / "all.tsv")
+    assert [text for *_, text in samples] == ["text 0", "text 2"]
+    assert dropped == {"unreadable file": 1}
+
+
 def test_a_source_that_is_none_is_named(tmp_path):
     """A pattern without files or a file of another kind is refused by its name."""
     (tmp_path / "x.zip").write_bytes(b"")
@@ -297,7 +335,7 @@ def test_nothing_is_unpacked(tmp_path, monkeypatch):
     )
     prepared = data.prepare_photos(tmp_path / "x.tar", tmp_path / "set")
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    names = ("images.npy", "text.npy", "text_index.npy", "meta.json", ".lock")
+    names = ("images.npy", "pictures.npy", "text.npy", "text_index.npy", "meta.json", ".lock")
     assert files == {"x.tar", *(f"set/{name}" for name in names)} and len(prepared) == 3
 
 
@@ -463,6 +501,29 @@ def test_the_split_is_two_percent_or_five_hundred(tmp_path, monkeypatch, count, 
     assert len(prepared.val_ids) == held
     assert np.array_equal(np.sort(np.r_[prepared.train_ids, prepared.val_ids]), np.arange(count))
     assert prepared.train_ids.max() < prepared.val_ids.min()  # shapes: the last rows
+
+
+def test_all_captions_of_a_picture_lie_on_one_side_of_the_split(tmp_path):
+    """12 pictures with 5 captions each, as in COCO: no picture is trained on and validated with."""
+    files = [
+        (f"{picture}-{text}.{kind}", photo(picture) if kind == "jpg" else b"text %d" % text)
+        for text in range(5)
+        for picture in range(12)
+        for kind in ("jpg", "txt")
+    ]
+    write_tar(tmp_path / "x.tar", files)
+    prepared = data.prepare_photos(tmp_path / "x.tar", tmp_path / "set", size=16)
+    sides = [
+        {prepared.images[i].tobytes() for i in ids}
+        for ids in (prepared.train_ids, prepared.val_ids)
+    ]
+    assert len(sides[0]) == len(sides[1]) == 6 and not sides[0] & sides[1]
+    assert np.array_equal(np.sort(np.r_[prepared.train_ids, prepared.val_ids]), np.arange(60))
+    assert data.PreparedSet(tmp_path / "set").val_ids.tolist() == prepared.val_ids.tolist()
+    write_tar(tmp_path / "y.tar", [file for file in files if file[0].startswith("3-")])
+    data.prepare_photos(tmp_path / "y.tar", tmp_path / "one")
+    with pytest.raises(ValueError, match=f"--data {tmp_path}/one: it has one picture"):
+        train.Run(train.parse_config(["--data", f"{tmp_path}/one"]))
 
 
 def test_a_prepared_set_is_what_was_drawn(tmp_path):
@@ -837,11 +898,16 @@ def test_a_run_on_the_features_of_a_tower(small, tmp_path):
     data.prepare_photos(tmp_path / "0.tar", tmp_path / "set", 16, *tower)
     flags = ["--preset", "micro", "--data", f"{tmp_path}/set", "--out", f"{tmp_path}/run"]
     flags += ["--device", "cpu", "--compile", "off"]
-    for tokens, channels, named in ((16, 64, "channels"), (16, 16, "channels"), (64, 32, "tokens")):
-        config = train.parse_config([*flags, f"--tokens={tokens}", f"--channels={channels}"])
-        with pytest.raises(ValueError, match=f"--{named} .*the (tower's 32|set has 16)"):
-            train.Run(config)
-    train.main([*flags, "--tokens=16", "--channels=16", "--treatment=whiten"])
+    refused = [(16, 64, 1, "--channels 64: .* the tower's 32")]
+    refused += [(16, 16, 1, "--channels 16: .* the tower's 32")]
+    refused += [(4, 32, 1, "--tokens 4: the set has 16"), (64, 32, 1, "--tokens 64, pictures of")]
+    refused += [(16, 32, 2, r"--decoder_patch 2: expected one of \[1\] for 16 vectors")]
+    for tokens, channels, patch, message in refused:
+        sizes = [f"--tokens={tokens}", f"--channels={channels}", f"--decoder_patch={patch}"]
+        with pytest.raises(ValueError, match=message):
+            train.Run(train.parse_config([*flags, *sizes]))
+    flags += ["--tokens=16", "--decoder_patch=1"]
+    train.main([*flags, "--channels=16", "--treatment=whiten"])
     assert not (tmp_path / "run/clip.safetensors").exists()
     sample.main(["--run", f"{tmp_path}/run", "--evaluate"])
     scores = json.loads((tmp_path / "run/scores.json").read_text())

@@ -141,6 +141,40 @@ def test_damaged_weights_are_named(capsys, micro_run, command, copy, damage, nam
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
 
 
+@pytest.mark.parametrize(
+    "name, later",
+    [
+        ("clip", ["cache", "understand", "generate", "tune", "decode"]),
+        ("vae", ["cache", "decode"]),
+        ("understand", ["generate", "tune"]),
+        ("generate", ["tune"]),
+    ],
+)
+def test_what_was_made_with_other_weights_is_refused(capsys, micro_run, command, copy, name, later):
+    """A stage that is trained anew and comes out otherwise needs the later ones anew: each is
+    named, and nothing that does not depend on it is."""
+    tensors, facts = train.load_weights(copy / f"{name}.safetensors")
+    first = next(key for key, tensor in tensors.items() if tensor.is_floating_point())
+    tensors[first] = tensors[first] * 1.01
+    train.save_weights(copy / f"{name}.safetensors", tensors, facts)
+    for stage in later:
+        line = ended(capsys, train.main, command)
+        assert line.startswith(f"train.py: {copy}/{stage}.safetensors was made with {name} ")
+        assert line.endswith(": delete it too")
+        (copy / f"{stage}.safetensors").unlink()
+    train.main(command)
+    ours, theirs = load_file(copy / "model.safetensors"), load_file(micro_run / "model.safetensors")
+    assert not torch.equal(ours[first], theirs[first])
+
+
+def test_weights_put_together_from_others_are_refused(capsys, command, copy):
+    """model.safetensors stays from before while a stage's file is replaced."""
+    tensors, facts = train.load_weights(copy / "decode.safetensors")
+    train.save_weights(copy / "decode.safetensors", {k: t * 2 for k, t in tensors.items()}, facts)
+    line = ended(capsys, train.main, command)
+    assert line.startswith(f"train.py: {copy}/model.safetensors was made with decode ")
+
+
 @pytest.mark.parametrize("name", ["features.npy", "latents.npy"])
 @pytest.mark.parametrize("damage", [cut, lambda raw: b"", lambda raw: b"x" + raw, None])
 def test_a_damaged_cache_is_named(capsys, command, copy, damage, name):
@@ -234,7 +268,7 @@ def poison(monkeypatch, steps, value=torch.nan, where="loss"):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_bad_step_is_skipped_and_counted(monkeypatch, command, copy, where, value):
     """Weights and optimisers stay as they were, the log counts it, later steps go on."""
-    forget(copy, "generate")
+    forget(copy, "tune")  # on which no other stage builds
     poison(monkeypatch, {2}, value, where)
     seen = []
 
@@ -250,9 +284,9 @@ def test_a_bad_step_is_skipped_and_counted(monkeypatch, command, copy, where, va
     monkeypatch.setattr(train.Trainer, "update", watched)
     train.main(command)
     assert seen == [False, False, True, False, False, False]
-    rows = list(csv.DictReader(open(copy / "generate.csv")))
+    rows = list(csv.DictReader(open(copy / "tune.csv")))
     assert [row["skipped"] for row in rows] == ["0.0", "1.0"]
-    assert all(t.isfinite().all() for t in load_file(copy / "generate.safetensors").values())
+    assert all(t.isfinite().all() for t in load_file(copy / "tune.safetensors").values())
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

@@ -214,9 +214,64 @@ def test_photo_scores_on_a_run(studio, micro_run):
     names = ("class_accuracy_real", "class_accuracy_generated")
     assert all(0 <= scores[name] <= 1 for name in names)
     assert scores["psnr_nearest_neighbour"] > 5 and scores["psnr_reconstruction"] > 0
-    dataset.meta["settings"]["seed"] += 1
-    with pytest.raises(ValueError, match="not as it was"):
-        sample.evaluate_photos(studio, dataset, micro_run / "model.safetensors", 0)
+
+
+def test_photos_are_scored_by_a_bounded_number_of_rows(studio, micro_run, monkeypatch):
+    """However many validate: at most `limit` of them, from all over the set."""
+    dataset = data.PreparedSet(studio.config.data)
+    drawn = []
+    monkeypatch.setattr(studio, "see", lambda images: images)
+    monkeypatch.setattr(studio, "paint", lambda images, seeds: drawn.append(images) or images)
+    monkeypatch.setattr(dataset, "texts", lambda i: {"caption": f"word{i}"})
+    sample.evaluate_photos(studio, dataset, micro_run / "model.safetensors", 0, limit=7)
+    step = -(-len(dataset.val_ids) // 7)
+    assert step > 1 and np.array_equal(drawn[0], dataset.images[dataset.val_ids[::step]])
+
+
+def test_captions_without_a_class_do_not_count(studio, micro_run, monkeypatch):
+    """Half of the validation captions end in a word of no class: vectors that hit every class of
+    the other half score 1."""
+    dataset = data.PreparedSet(studio.config.data)
+    dataset.val_ids = dataset.train_ids[:10]
+    texts = {i: {"caption": "a ship"} for i in dataset.train_ids}
+    texts |= {i: {"caption": f"a word{i}"} for i in dataset.train_ids[:5]}
+    monkeypatch.setattr(dataset, "texts", texts.get)
+    scores = sample.evaluate_photos(studio, dataset, micro_run / "model.safetensors", 0)
+    assert scores["class_accuracy_real"] == scores["class_accuracy_generated"] == 1
+
+
+@pytest.mark.parametrize("kind", ["shapes", "photos"])
+def test_another_set_than_the_run_s_is_refused(studio, micro_run, monkeypatch, kind):
+    """Prepared again with another seed, its validation rows may have been trained on."""
+    prepared = data.PreparedSet
+
+    def other(folder):
+        dataset = prepared(folder)
+        dataset.meta["settings"] |= {"seed": 5, "kind": kind}
+        return dataset
+
+    monkeypatch.setattr(data, "PreparedSet", other)
+    with pytest.raises(
+        ValueError, match="was made with (seed 0, not 5|kind shapes, not photos): other set"
+    ):
+        sample.evaluate_run(studio, micro_run / "model.safetensors", 0, 1)
+
+
+def test_the_decoder_s_noise_is_its_own(studio, monkeypatch):
+    """Of any seed that can be given, the flow head and the decoder draw different noise: a
+    generator of torch keeps 32 bits of a seed."""
+    drawn = []
+    kept = sample.row_noise
+
+    def spy(*arguments):
+        source = kept(*arguments)
+        return lambda: drawn.append(source()) or drawn[-1]
+
+    monkeypatch.setattr(sample, "row_noise", spy)
+    low, high = sample.LIMITS["seed"]
+    studio.draw(["a circle"] * 3, [low, low + 1, high])
+    first = {part.flatten()[:99].numpy().tobytes() for noise in drawn for part in noise}
+    assert len(first) == sum(map(len, drawn)) >= 6
 
 
 def test_photos_without_classes_have_no_class_accuracy(studio, micro_run, monkeypatch):
