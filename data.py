@@ -1,5 +1,4 @@
-"""
-The data of nano-blip3o: a world of coloured shapes with captions, questions, an exact checker and
+"""The data of nano-blip3o: a world of coloured shapes with captions, questions, an exact checker,
 the ShapesEval prompts; a reader of real photos; and the prepared set on disk both are turned into.
 
     python data.py shapes --out data/shapes --count 60000 --seed 0
@@ -551,7 +550,7 @@ class Header(tarfile.TarInfo):
 
 
 def entries(path):
-    """(key, ending, `read_file`) of each file in a tar, a table's rows or a folder."""
+    """(key, ending, bytes, None if unreadable) of the files of a tar, a table or a folder."""
     if os.path.isdir(path):
         yield from ((*os.path.splitext(file), read_file(file)) for file in files_of(path))
     elif path.endswith(".tsv"):
@@ -578,7 +577,7 @@ def entries(path):
 
 
 def members(path, dropped):
-    """(key, "image" or "txt", bytes) of each file that matters; a broken tar ends early."""
+    """(key, "image" or "txt", bytes or None) of each file that matters; a broken tar ends early."""
     try:
         for key, ending, data in entries(path):
             # not what is hidden: macOS puts ._photo.jpg beside a file
@@ -769,7 +768,7 @@ def write_set(out, settings, sources, read):
     warning = "WARNING: MORE THAN HALF OF THE SAMPLES ARE LOST:" if lost > kept else ""
     reasons = f" {dict(dropped.most_common())}" if lost else ""
     print(warning, f"{kept} samples kept, {lost} dropped{reasons}; {facts}, {rate}")
-    require(kept, f"no usable sample: {dict(dropped)}")
+    require(kept, f"no usable sample: {dict(dropped)}; delete {out} to try again")
     write_json(out / "meta.json", state | {"version": settings["format"]})
     return PreparedSet(out)
 
@@ -778,14 +777,14 @@ class PreparedSet:
     """A finished folder of `prepare_shapes` or `prepare_photos`, opened as memory maps.
 
     images: uint8 (N, S, S, 3); channels: C of a tower's `vectors`, None without; train_ids and
-    val_ids: the split, 2 % or 500, at most half, each photo on one side. ValueError if unfinished.
+    val_ids: the split, 2 % or 500 or half, each photo on one side. ValueError if unfinished.
     """
 
     def __init__(self, folder):
         self.folder, path = folder, Path(folder) / "meta.json"
         self.meta = read_json(path) if path.is_file() else {}
-        wanted = FORMAT.get(self.meta.get("settings", {}).get("kind"), "any")
-        message = f"{folder} is not a finished set of format {wanted}: run data.py first"
+        wanted = FORMAT.get(self.meta.get("settings", {}).get("kind"), 0)
+        message = f"{folder} is not a finished set of this format: run data.py first"
         require(self.meta.get("version") == wanted, message)
         maps = {name: open_array(path.with_name(f"{name}.npy")) for name in self.meta["arrays"]}
         self.maps, self.images = maps, maps["images"]
@@ -793,8 +792,8 @@ class PreparedSet:
         order, count = np.arange(len(self)), min(max(len(self) // 50, 500), len(self) // 2)
         if "pictures" in maps:  # in any order, since the last shard may differ from the others
             _, picture = np.unique(maps["pictures"], return_inverse=True)
-            order = np.random.default_rng(0).permutation(len(self))[picture]
-        held = order >= np.sort(order)[len(self) - max(1, count)]
+            order = np.random.default_rng(0).permutation(len(self))[picture]  # a photo's rows alike
+        held = order >= max(np.sort(order)[len(self) - max(1, count)], np.unique(order)[:2].max())
         self.train_ids, self.val_ids = np.flatnonzero(~held), np.flatnonzero(held)
 
     def __len__(self):

@@ -117,8 +117,7 @@ def build_sequences(
             else:
                 body = [BOT if role == "bot" else USER, *body]
             ids += body
-            # <bot> itself is given, what follows it is learned
-            learn += [role == "bot" and i > 0 for i in range(len(body))]
+            learn += [role == "bot" and i > 0 for i in range(len(body))]  # <bot> itself is given
         built.append((ids, learn))
     # whole multiples of 16: a compiled network meets few different lengths
     longest = math.ceil(max(len(ids) for ids, _ in built) / 16) * 16

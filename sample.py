@@ -197,7 +197,8 @@ def evaluate_shapes(studio: Studio, seed: int, count: int) -> dict:
 def evaluate_clip(studio: Studio, dataset) -> dict:
     """Is the tiny CLIP still a CLIP? Side by side: the right image among those of 100 captions,
     R^2 of the pixels rebuilt from its vectors, and the share of the extra losses in the whole."""
-    first = {dataset.texts(i)["caption"]: i for i in reversed(dataset.val_ids)}
+    ids = {dataset.images[i].tobytes(): i for i in reversed(dataset.val_ids)}.values()
+    first = {dataset.texts(i)["caption"]: i for i in ids}  # of a photo's captions one
     captions = sorted(first, key=first.get)[:100]
     images = dataset.images[[first[caption] for caption in captions]]
     clip, pixels = studio.net.clip, M.to_pixels(torch.from_numpy(images).to(studio.device))
@@ -234,7 +235,7 @@ def evaluate_photos(studio: Studio, dataset, run: Path, seed: int, limit: int = 
     one of those 5,000 pictures with the nearest vectors.
     """
     features = data.open_array(run.parent / "features.npy")
-    val = dataset.val_ids[:: math.ceil(len(dataset.val_ids) / limit)]
+    val = np.unique(dataset.val_ids[np.linspace(0, len(dataset.val_ids) - 1, limit).astype(int)])
     train = dataset.train_ids[:5000]
     known, truth = (torch.from_numpy(features[ids]).float().flatten(1) for ids in (train, val))
     captions = [dataset.texts(i)["caption"] for i in val]

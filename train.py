@@ -322,18 +322,14 @@ class Run:
     def __init__(self, config: Config):
         self.config, self.out, self.data = config, Path(config.out), D.PreparedSet(config.data)
         self.caches, self.cut = {}, Counter()
-        D.require(
-            len(self.data.train_ids), f"--data {config.data}: it has one picture, expected two"
-        )
+        D.require(len(self.data.train_ids), f"--data {config.data}: one picture, expected two")
         self.device, self.dtype, compile = resolve_machine(config)
         texts = (self.data.texts(i) for i in self.data.train_ids[:5000])
         self.tokenizer = M.Tokenizer.fit(text for entry in texts for text in flat_texts(entry))
         words, side = self.tokenizer.words, self.data.images.shape[1]
         grid, latents, patch = math.isqrt(config.tokens), side // M.VAE.factor, config.decoder_patch
         fits = side % math.lcm(grid, M.VAE.factor) == 0 and grid <= latents
-        message = (
-            f"expected a multiple of {M.VAE.factor} that the grid, at most {latents} wide, divides"
-        )
+        message = f"expected px in whole {M.VAE.factor}s, and vectors that divide them, on a side"
         D.require(fits, f"--tokens {config.tokens}, pictures of {side} px: {message}")
         # no coarser than the grid of vectors, of which the decoder would read some only
         patches = [n for n in range(1, latents // grid + 1) if latents % n == 0]
@@ -817,11 +813,16 @@ def write_log(path: Path, rows: list[dict]) -> None:
 
 def check_same(path: Path, found: dict, wanted: dict) -> None:
     """ValueError if a checkpoint was made with other settings, weights or another set."""
-    advice = {"config": "other --out?", "data": "other set?", "built_on": "delete it too"}
+    advice = {
+        "config": "other --out?",
+        "data": "other set?",
+        "built_on": "delete it and the later stages",
+    }
     for part in filter(wanted.get, advice):
         for key, new in wanted[part].items():
-            old, message = found.get(part, {}).get(key), f"{path} was made with {key} "
-            D.require(old == new or key in HARMLESS, f"{message}{old}, not {new}: {advice[part]}")
+            old = found.get(part, wanted[part]).get(key)  # older ones do not say what they build on
+            message = f"{path} was made with {key} {old!s:.80}, not {new!s:.80}: {advice[part]}"
+            D.require(old == new or key in HARMLESS, message)
     old, new = found["version"], wanted.get("version", VERSION)
     D.require(old == new, f"{path} has version {old}, not {new}")
 
@@ -857,7 +858,7 @@ def fill_cache(run: Run) -> None:
 @torch.no_grad()
 def save_strip(run: Run, stage: str, step: int) -> None:
     """A fixed-seed strip: eight validation pictures, and below what the stage makes of them."""
-    m, ids = run.model, run.data.val_ids[:8]
+    m, ids = run.model, run.data.val_ids[:: max(1, len(run.data.val_ids) // 8)][:8]
     pixels, generator = run.pixels(ids), torch.Generator().manual_seed(0)
     if stage == "vae":
         shown = M.to_images(m.vae.decode(m.vae.encode(pixels)))

@@ -303,11 +303,15 @@ def test_an_unreadable_file_loses_its_sample_alone(tmp_path, monkeypatch, kind, 
         (tmp_path / f"{i}.txt").write_text(f"text {i}")
     (tmp_path / "all.tsv").write_text("".join(f"text {i}\t{i}.jpg\n" for i in range(3)))
 
+    class BadDisk(io.BytesIO):
+        def read(self, size=-1):
+            raise OSError(5, "Input/output error")
+
     def failing_open(path, *mode):
         if str(path).endswith("1.jpg"):
             if moment == "open":
                 raise PermissionError(13, "Permission denied")
-            return open(os.open(tmp_path, os.O_RDONLY), *mode)  # of which a read fails
+            return BadDisk()
         return open(path, *mode)
 
     monkeypatch.setattr(data, "open", failing_open, raising=False)
@@ -522,8 +526,26 @@ def test_all_captions_of_a_picture_lie_on_one_side_of_the_split(tmp_path):
     assert data.PreparedSet(tmp_path / "set").val_ids.tolist() == prepared.val_ids.tolist()
     write_tar(tmp_path / "y.tar", [file for file in files if file[0].startswith("3-")])
     data.prepare_photos(tmp_path / "y.tar", tmp_path / "one")
-    with pytest.raises(ValueError, match=f"--data {tmp_path}/one: it has one picture"):
+    with pytest.raises(ValueError, match=f"--data {tmp_path}/one: one picture, expected two"):
         train.Run(train.parse_config(["--data", f"{tmp_path}/one"]))
+
+
+@pytest.mark.parametrize("captions", [(1, 3), (6, 1, 1), (5, 5, 5), (1, 1, 1, 9), (2, 1)])
+def test_two_photos_are_enough_to_train_and_validate(tmp_path, captions):
+    """However unevenly captions are spread, each side has a photo, and none is on both."""
+    files = [
+        (f"{i}-{text}.{kind}", photo(i) if kind == "jpg" else b"text")
+        for i, count in enumerate(captions)
+        for text in range(count)
+        for kind in ("jpg", "txt")
+    ]
+    write_tar(tmp_path / "x.tar", files)
+    prepared = data.prepare_photos(tmp_path / "x.tar", tmp_path / "set", size=16)
+    train_side, val_side = (
+        {prepared.images[i].tobytes() for i in ids}
+        for ids in (prepared.train_ids, prepared.val_ids)
+    )
+    assert train_side and val_side and not train_side & val_side
 
 
 def test_a_prepared_set_is_what_was_drawn(tmp_path):

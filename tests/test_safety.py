@@ -160,11 +160,23 @@ def test_what_was_made_with_other_weights_is_refused(capsys, micro_run, command,
     for stage in later:
         line = ended(capsys, train.main, command)
         assert line.startswith(f"train.py: {copy}/{stage}.safetensors was made with {name} ")
-        assert line.endswith(": delete it too")
+        assert line.endswith(": delete it and the later stages")
         (copy / f"{stage}.safetensors").unlink()
     train.main(command)
     ours, theirs = load_file(copy / "model.safetensors"), load_file(micro_run / "model.safetensors")
     assert not torch.equal(ours[first], theirs[first])
+
+
+def test_weights_from_before_this_note_are_read(command, copy):
+    """Stages of an older version, which say nothing of what they were made with, are kept."""
+    before = {path: path.stat().st_mtime_ns for path in copy.glob("*.safetensors")}
+    for path in before:
+        tensors, facts = train.load_weights(path)
+        facts.pop("built_on")
+        train.save_weights(path, tensors, facts)
+        before[path] = path.stat().st_mtime_ns
+    train.main(command)
+    assert before == {path: path.stat().st_mtime_ns for path in copy.glob("*.safetensors")}
 
 
 def test_weights_put_together_from_others_are_refused(capsys, command, copy):

@@ -224,8 +224,21 @@ def test_photos_are_scored_by_a_bounded_number_of_rows(studio, micro_run, monkey
     monkeypatch.setattr(studio, "paint", lambda images, seeds: drawn.append(images) or images)
     monkeypatch.setattr(dataset, "texts", lambda i: {"caption": f"word{i}"})
     sample.evaluate_photos(studio, dataset, micro_run / "model.safetensors", 0, limit=7)
-    step = -(-len(dataset.val_ids) // 7)
-    assert step > 1 and np.array_equal(drawn[0], dataset.images[dataset.val_ids[::step]])
+    rows = np.linspace(0, len(dataset.val_ids) - 1, 7).astype(int)
+    assert len(set(rows)) == 7 and np.array_equal(drawn[0], dataset.images[dataset.val_ids[rows]])
+
+
+def test_retrieval_is_among_different_pictures(studio, monkeypatch):
+    """Of pictures that come with several captions each is one of the hundred once: a tower that
+    tells them apart is right in all cases."""
+    dataset = data.PreparedSet(studio.config.data)
+    dataset.images, dataset.val_ids = np.repeat(dataset.images[:4], 5, 0), np.arange(20)
+    monkeypatch.setattr(dataset, "texts", lambda i: {"caption": f"text {i}"})
+    seen = []
+    vectors = studio.net.clip.vectors
+    monkeypatch.setattr(studio.net.clip, "vectors", lambda x: seen.append(len(x)) or vectors(x))
+    sample.evaluate_clip(studio, dataset)
+    assert seen[0] == 4
 
 
 def test_captions_without_a_class_do_not_count(studio, micro_run, monkeypatch):
