@@ -629,7 +629,7 @@ def read_samples(sources, dropped, sides=(), workers=1):
     with ThreadPoolExecutor(workers) as pool:
         for path in expand_sources(sources):
             opened = ()
-            for samples in chain(BatchSampler(read_groups(path, dropped), 32, False), [()]):
+            for samples in chain(BatchSampler(read_groups(path, dropped), BATCH, False), [()]):
                 ready, opened = opened, pool.map(partial(open_sample, sides), samples)
                 for sample in ready:
                     if isinstance(sample, str):
@@ -649,7 +649,7 @@ def square(image, side):
 FORMAT = {"shapes": 4, "photos": 5}  # raise one where an older folder must not be read
 LIMITS = {"count": (2, 10**9), "seed": (0, 2**63), "size": (8, 1024), "tokens": (1, 4096)}
 LIMITS |= {"workers": (1, 256)}
-CHUNK = 1000  # scenes between two commits
+CHUNK, BATCH = 1000, 32  # scenes between two commits; photos opened, or stored, at once
 
 
 def lock(folder):
@@ -789,12 +789,12 @@ class PreparedSet:
         maps = {name: open_array(path.with_name(f"{name}.npy")) for name in self.meta["arrays"]}
         self.maps, self.images = maps, maps["images"]
         self.channels = math.prod(maps["features"].shape[2:]) if "features" in maps else None
-        order, count = np.arange(len(self)), min(max(len(self) // 50, 500), len(self) // 2)
-        if "pictures" in maps:  # in any order, since the last shard may differ from the others
+        ranks, count = np.arange(len(self)), min(max(len(self) // 50, 500), len(self) // 2)
+        if "pictures" in maps:  # one rank for a photo's rows, at random: the last shard may differ
             _, picture = np.unique(maps["pictures"], return_inverse=True)
-            order = np.random.default_rng(0).permutation(len(self))[picture]  # a photo's rows alike
-        held = order >= max(np.sort(order)[len(self) - max(1, count)], np.unique(order)[:2].max())
-        self.train_ids, self.val_ids = np.flatnonzero(~held), np.flatnonzero(held)
+            ranks = np.random.default_rng(0).permutation(len(self))[picture]
+        first = max(np.sort(ranks)[-max(1, count)], np.unique(ranks)[:2].max())  # one photo trains
+        self.train_ids, self.val_ids = np.flatnonzero(ranks < first), np.flatnonzero(ranks >= first)
 
     def __len__(self):
         return len(self.images)
@@ -886,7 +886,7 @@ def prepare_photos(
         sides.append(facts["side"])
 
     def read(path, dropped):
-        for batch in BatchSampler(read_samples(path, dropped, sides, workers), 32, False):
+        for batch in BatchSampler(read_samples(path, dropped, sides, workers), BATCH, False):
             _, squares, captions = zip(*batch)
             images, *views = map(np.stack, zip(*squares))
             rows = {"images": images, "pictures": np.array([*map(zlib.crc32, images)], np.uint32)}

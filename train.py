@@ -256,6 +256,12 @@ def add_over_processes(tensors: list[Tensor]) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
+def wait_for_all() -> None:
+    """Returns once every process is here."""
+    if WORLD > 1:
+        dist.barrier()
+
+
 def checksum(tensors: dict[str, Tensor], metadata: dict) -> str:
     """Changes with every bit that a checkpoint holds."""
     return hashlib.sha256(save(tensors) + json.dumps(metadata, sort_keys=True).encode()).hexdigest()
@@ -813,15 +819,11 @@ def write_log(path: Path, rows: list[dict]) -> None:
 
 def check_same(path: Path, found: dict, wanted: dict) -> None:
     """ValueError if a checkpoint was made with other settings, weights or another set."""
-    advice = {
-        "config": "other --out?",
-        "data": "other set?",
-        "built_on": "delete it and the later stages",
-    }
-    for part in filter(wanted.get, advice):
+    fix = dict(config="other --out?", data="other set?", built_on="delete it and the later stages")
+    for part in filter(wanted.get, fix):
         for key, new in wanted[part].items():
             old = found.get(part, wanted[part]).get(key)  # older ones do not say what they build on
-            message = f"{path} was made with {key} {old!s:.80}, not {new!s:.80}: {advice[part]}"
+            message = f"{path} was made with {key} {old!s:.80}, not {new!s:.80}: {fix[part]}"
             D.require(old == new or key in HARMLESS, message)
     old, new = found["version"], wanted.get("version", VERSION)
     D.require(old == new, f"{path} has version {old}, not {new}")
@@ -889,16 +891,14 @@ def train_run(config: Config) -> None:
             continue
         run.metadata["built_on"] = {name: sums.get(name) for name in BUILT_ON.get(stage, ())}
         missing = not part.exists()
-        if WORLD > 1:
-            dist.barrier()  # each has looked before one writes
+        wait_for_all()  # each has looked before one writes
         if missing and RANK == 0:
             path.unlink(missing_ok=True)
         if missing and stage != "cache":
             train_stage(run, stage)
         elif missing and RANK == 0:
             fill_cache(run)
-        if WORLD > 1:
-            dist.barrier()
+        wait_for_all()
         tensors, metadata = load_weights(part)
         check_same(part, metadata, run.metadata)
         run.model.load_state_dict(tensors, strict=False)
