@@ -58,7 +58,6 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 TALL = math.sqrt(3) / 2  # height of the triangle's bounding box divided by its width
 WINDOW = 30  # px, holds the largest object (26 px) and its soft edge
 
-
 # A shape in a picture; x, y = centre of its bounding box and w, h = its size, in px.
 Object = namedtuple("Object", "shape color x y w h")
 # A text and what it asks for: (shape, color) pairs, None = not named; relation: first to second.

@@ -28,10 +28,10 @@ import model as M
 from data import require
 from train import DESCRIBE, best_device, check_same, extra_loss, load_model
 
-HERE = Path(__file__).parent
 BATCH = 128  # rows at once: bounds the memory, changes no picture
 LIMITS = {"count": (1, 1000), "steps": (1, 1000), "guidance": (0, 100), "seed": (0, 2**32 - 1)}
 LIMITS |= {"decoder_steps": (1, 1000), "decoder_guidance": (0, 100), "shift": (0.01, 100)}
+LIMITS |= {"guide_from": (0, 1)}
 
 
 def find_run(given: str | None) -> Path:
@@ -41,7 +41,7 @@ def find_run(given: str | None) -> Path:
         require(path.is_file(), f"--run {given}: no model.safetensors there; train with train.py")
         return path
     runs = sorted(Path("out").glob("*/model.safetensors"), key=lambda p: p.stat().st_mtime)
-    runs = runs or sorted((HERE / "weights").glob("*.safetensors"))
+    runs = runs or sorted(Path(__file__).with_name("weights").glob("*.safetensors"))
     require(runs, "no finished run below out/: `make demo` trains one")
     return runs[-1]
 
@@ -62,8 +62,7 @@ class Studio:
     """A loaded run, ready to draw and to read; everything in batches, on CPU or GPU."""
 
     def __init__(self, path: Path, flow: dict, paint: dict, ode: bool = False):
-        """flow and paint: how `sample_flow` runs the flow head, with new noise at each step unless
-        `ode`, and the decoder."""
+        """flow, paint: how `sample_flow` runs head and decoder; ode: the head without new noise."""
         self.net, self.tokenizer, self.config, self.facts = load_model(path)
         self.device = torch.device(best_device())
         self.net.to(self.device)
@@ -310,6 +309,7 @@ def run_tasks(
     count=4,
     steps=25,
     guidance=2.5,
+    guide_from=0.15,
     shift=4.0,
     ode=False,
     decoder_steps=4,
@@ -329,6 +329,7 @@ def run_tasks(
     count: pictures for each prompt
     steps: of the flow head
     guidance: of the flow head; 1 is off
+    guide_from: time of the flow head's first guided step; before it the layout is decided
     shift: of the flow head's steps; above 1 more of them near noise
     ode: solve the flow's equation; without, each step of the flow head draws new noise
     decoder_steps: of the decoder
@@ -340,7 +341,7 @@ def run_tasks(
     require(tasks, "nothing to do: give a prompt, --caption, --ask, --reconstruct or --evaluate")
     path = find_run(run)
     print(f"weights {path}")
-    flow = dict(steps=steps, guidance=guidance, shift=shift)
+    flow = dict(steps=steps, guidance=guidance, guide_from=guide_from, shift=shift)
     studio = Studio(path, flow, dict(steps=decoder_steps, guidance=decoder_guidance), ode)
     if prompts:
         texts = [text for text in prompts for _ in range(count)]
@@ -352,8 +353,7 @@ def run_tasks(
     if reconstruct:
         picture, seeds = studio.open(reconstruct), [seed + i for i in range(count)]
         again = studio.paint(studio.see(picture).expand(count, -1, -1), seeds)
-        images = np.concatenate([picture, again])
-        save_grid(Path(out), images, ["original, then drawn"], count + 1)
+        save_grid(Path(out), np.concatenate([picture, again]), ["original, then drawn"], count + 1)
     if evaluate:
         evaluate_run(studio, path, seed, count)
 

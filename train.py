@@ -825,8 +825,7 @@ def check_same(path: Path, found: dict, wanted: dict) -> None:
             old = found.get(part, wanted[part]).get(key)  # older ones do not say what they build on
             message = f"{path} was made with {key} {old!s:.80}, not {new!s:.80}: {fix[part]}"
             D.require(old == new or key in HARMLESS, message)
-    old, new = found["version"], wanted.get("version", VERSION)
-    D.require(old == new, f"{path} has version {old}, not {new}")
+    D.require(found["version"] == VERSION, f"{path} has version {found['version']}, not {VERSION}")
 
 
 @torch.no_grad()

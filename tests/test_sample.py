@@ -74,6 +74,7 @@ def test_the_same_seed_gives_the_same_picture(micro_run, tmp_path):
         ["--decoder_steps", "2"],
         ["--ode"],
         ["--guidance", "1"],
+        ["--guide_from", "1"],
         ["--decoder_guidance", "1"],
         ["--shift", "1"],
     ):
@@ -364,7 +365,7 @@ def test_psnr_by_hand():
 def test_the_newest_finished_run_then_the_shipped_weights(tmp_path, monkeypatch):
     """A given run; else the newest below out/ that is finished; else weights/; else an error."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample, "HERE", tmp_path)
+    monkeypatch.setattr(sample, "__file__", str(tmp_path / "sample.py"))
     with pytest.raises(ValueError, match="no finished run"):
         sample.find_run(None)
     shipped = tmp_path / "weights/best.safetensors"
