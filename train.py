@@ -125,7 +125,7 @@ class Config:
     tune_lr: float = flag(3e-3, "peak learning rate of stage tune")
     warmup: int = flag(30, "steps of linear warm-up")
     cooldown: float = flag(0.3, "share of steps of linear cool-down at the end")
-    weight_decay: float = flag(0.1, "decoupled, on matrices")
+    weight_decay: float = flag(0.3, "decoupled, on matrices")
     clip_norm: float = flag(1.0, "largest gradient norm")
     ema: float = flag(0.99, "decay of the averaged weights, which are what is kept")
     save_every: int = flag(200, "steps between checkpoints")
@@ -161,6 +161,7 @@ PRESETS = {
     "photos": {  # no questions and no clean prompts: less to understand, nothing to tune
         **dict(clip_steps=400, vae_steps=500, understand_steps=250, tune_steps=0, decode_steps=500),
         **dict(generate_batch=8, draws=8, queries=64, channels=32, clip_noise=0.1),
+        "weight_decay": 0.1,
     },
     "cc3m": {  # features of a timm tower, 768 wide, and pictures of 128 px, on a card of 8 GB
         **dict(channels=768, queries=64, width=512, depth=8, head_dim=64, draws=1, shift=3.5),
@@ -168,7 +169,7 @@ PRESETS = {
         **dict(decoder_width=384, decoder_depth=8, vae_width=128, vae_depth=3, vae_batch=32),
         **dict(understand_batch=64, generate_batch=64, decode_batch=32, vae_steps=5000),
         **dict(understand_steps=10_000, generate_steps=50_000, tune_steps=0, decode_steps=30_000),
-        **dict(lr=1e-3, warmup=500, ema=0.999, save_every=1000, strip_every=1000),
+        **dict(lr=1e-3, warmup=500, ema=0.999, weight_decay=0.1, save_every=1000, strip_every=1000),
     },
     "micro": {  # seconds, for tests
         **{f"{part}_width": 32 for part in ("clip", "dit", "decoder")},
@@ -527,9 +528,8 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, cooldown: flo
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (K. Jordan, 2024), for matrices; step size as in torch.optim.Muon.
 
-    torch's own always rounds to bf16, which many CPUs emulate at a hundredth of the speed, and
-    takes one matrix after another; this one computes in `dtype`. A test holds the two together. As
-    in torch's fused optimisers, nothing changes where found_inf is 1.
+    torch's own always rounds to bf16, which many CPUs emulate at a hundredth of the speed; this one
+    computes in `dtype`. As in torch's fused optimisers, nothing changes where found_inf is 1.
     """
 
     found_inf = torch.zeros(())

@@ -328,11 +328,9 @@ def test_any_shards_are_prepared_or_named(capsys, tmp_path_factory, drawn):
 
 # ----------------------------------------------------------------------------------------- flags
 
-SAMPLE_FLAGS = ("count", "steps", "guidance", "seed", "shift", "decoder_steps", "decoder_guidance")
-
 
 @cases(0.3)
-@given(flags=st.dictionaries(st.sampled_from(SAMPLE_FLAGS), ANY_NUMBER, min_size=1))
+@given(flags=st.dictionaries(st.sampled_from(sorted(sample.LIMITS)), ANY_NUMBER, min_size=1))
 @example(flags={"seed": f"{2**64}"})
 @example(flags={"guidance": "nan"})
 def test_any_flags_of_sample(capsys, flags):
