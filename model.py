@@ -443,29 +443,28 @@ def sample_flow(
     cond: Tensor,
     steps: int = 10,
     guidance: float = 1.0,
-    guide_from: float = 0.0,
     shift: float = 1.0,
     heun: bool = False,
     fresh: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """Integrates dx/dt = velocity from t = 0 to t = 1: noise (B, N, C), cond (B, M, L) -> data.
 
-    Guidance is u + s (c - u) with u under the condition zero; s = 1 is off and costs nothing. Steps
-    before `guide_from` are not guided: it distorts what is decided there, as how many objects there
-    are (arXiv 2404.07724). Heun takes two evaluations a step, one at the last. With `fresh`, a
-    source of noise (B, N, C), each step goes on from the data it predicts under new noise, as
-    consistency models do: early mistakes are forgotten; the distribution is somewhat too narrow.
+    Guidance is u + s (c - u) with u under the condition zero; s = 1 is off and costs nothing. Heun
+    takes two evaluations a step, and one at the last. With `fresh`, a source of noise (B, N, C),
+    each step goes on from the data it predicts under new noise, as consistency models do: early
+    mistakes are forgotten, at the price of a distribution somewhat too narrow.
     """
 
-    def field(x: Tensor, t: float, guess: Tensor) -> Tensor:
-        if guidance == 1 or t < guide_from:
-            return velocity(dit, x, x.new_full((len(x),), t), alone, guess)
-        x, guess = torch.cat([x, x]), torch.cat([guess, guess])
-        c, u = velocity(dit, x, x.new_full((len(x),), t), both, guess).chunk(2)  # two of (B, N, C)
+    def field(x: Tensor, t: Tensor, guess: Tensor) -> Tensor:
+        t = t.expand(len(x))
+        if guidance == 1:
+            return velocity(dit, x, t, cond, guess)
+        x, t, guess = (torch.cat([each, each]) for each in (x, t, guess))
+        c, u = velocity(dit, x, t, cond, guess).chunk(2)  # two of (B, N, C)
         return u + guidance * (c - u)
 
-    alone, both = dit.read(cond), guidance != 1 and dit.read(torch.cat([cond, 0 * cond]))
-    times = shift_time(torch.linspace(0, 1, steps + 1), shift).tolist()
+    cond = dit.read(cond if guidance == 1 else torch.cat([cond, 0 * cond]))
+    times = shift_time(torch.linspace(0, 1, steps + 1, device=noise.device), shift)
     x, data = noise, torch.zeros_like(noise)
     for i, (t, after) in enumerate(zip(times[:-1], times[1:])):
         v = field(x, t, data)

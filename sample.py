@@ -31,7 +31,6 @@ from train import DESCRIBE, best_device, check_same, extra_loss, load_model
 BATCH = 128  # rows at once: bounds the memory, changes no picture
 LIMITS = {"count": (1, 1000), "steps": (1, 1000), "guidance": (0, 100), "seed": (0, 2**32 - 1)}
 LIMITS |= {"decoder_steps": (1, 1000), "decoder_guidance": (0, 100), "shift": (0.01, 100)}
-LIMITS |= {"guide_from": (0, 1)}
 
 
 def find_run(given: str | None) -> Path:
@@ -309,7 +308,6 @@ def run_tasks(
     count=4,
     steps=25,
     guidance=2.5,
-    guide_from=0.15,
     shift=4.0,
     ode=False,
     decoder_steps=4,
@@ -329,7 +327,6 @@ def run_tasks(
     count: pictures for each prompt
     steps: of the flow head
     guidance: of the flow head; 1 is off
-    guide_from: time of the flow head's first guided step; before it the layout is decided
     shift: of the flow head's steps; above 1 more of them near noise
     ode: solve the flow's equation; without, each step of the flow head draws new noise
     decoder_steps: of the decoder
@@ -341,7 +338,7 @@ def run_tasks(
     require(tasks, "nothing to do: give a prompt, --caption, --ask, --reconstruct or --evaluate")
     path = find_run(run)
     print(f"weights {path}")
-    flow = dict(steps=steps, guidance=guidance, guide_from=guide_from, shift=shift)
+    flow = dict(steps=steps, guidance=guidance, shift=shift)
     studio = Studio(path, flow, dict(steps=decoder_steps, guidance=decoder_guidance), ode)
     if prompts:
         texts = [text for text in prompts for _ in range(count)]

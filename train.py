@@ -528,8 +528,9 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, cooldown: flo
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (K. Jordan, 2024), for matrices; step size as in torch.optim.Muon.
 
-    torch's own always rounds to bf16, which many CPUs emulate at a hundredth of the speed; this one
-    computes in `dtype`. As in torch's fused optimisers, nothing changes where found_inf is 1.
+    torch's own always rounds to bf16, which many CPUs emulate at a hundredth of the speed, and
+    takes one matrix after another; this one computes in `dtype`. A test holds the two together. As
+    in torch's fused optimisers, nothing changes where found_inf is 1.
     """
 
     found_inf = torch.zeros(())

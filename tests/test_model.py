@@ -527,14 +527,6 @@ def test_guidance_one_is_none(heun, calls):
     assert net.calls == [4] * calls
 
 
-def test_guidance_begins_where_it_is_told():
-    """Steps at times before `guide_from` are those of guidance 1, in what they take and give."""
-    net, noise, ones = Field(lambda x, t, cond: cond), torch.randn(2, 4, 3), torch.ones(2, 4, 3)
-    end = M.sample_flow(net, noise, 3 * ones, steps=5, guidance=2.0, guide_from=0.3)
-    assert net.calls == [2, 2, 4, 4, 4]  # at 0, 0.2, and at 0.4, 0.6, 0.8
-    close(end, noise + (2 * 3 + 3 * (0 + 2 * 3)) / 5)
-
-
 def test_new_noise_at_each_step():
     """On Gaussian data the variance follows the recursion of x = (1 - t) fresh + t E[data | x]."""
     spread, steps, variance = 0.6, 7, 1.0

@@ -74,7 +74,6 @@ def test_the_same_seed_gives_the_same_picture(micro_run, tmp_path):
         ["--decoder_steps", "2"],
         ["--ode"],
         ["--guidance", "1"],
-        ["--guide_from", "1"],
         ["--decoder_guidance", "1"],
         ["--shift", "1"],
     ):
@@ -426,8 +425,7 @@ def test_the_shipped_weights_draw():
     path = ROOT / "weights/shapes.safetensors"
     assert path.stat().st_size < 20e6
     assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
-    flow = dict(steps=25, guidance=2.5, guide_from=0.15, shift=4.0)
-    decoder = dict(steps=4, guidance=1.5)
+    flow, decoder = dict(steps=25, guidance=2.5, shift=4.0), dict(steps=4, guidance=1.5)
     prompts = [p for p in data.eval_prompts()["seen"] if p.category == "colors"][:24]
     images = sample.Studio(path, flow, decoder).draw([p.text for p in prompts], list(range(24)))
     assert sample.score_prompts(prompts, images)["strict"]["mean"] > 0.8
