@@ -841,8 +841,12 @@ def fill_cache(run: Run) -> None:
 
     sample = run.data.train_ids[:: max(1, len(run.data.train_ids) // 2000)]
     parts = np.array_split(sample, math.ceil(len(sample) / 128))
-    m.treatment.fit(torch.cat([encode(ids).cpu() for ids in parts]), run.config.treatment)
-    m.latent_treatment.fit(torch.cat([m.vae.encode(run.pixels(ids)).cpu() for ids in parts]))
+    vectors = torch.cat([encode(ids).cpu() for ids in parts])
+    latents = torch.cat([m.vae.encode(run.pixels(ids)).cpu() for ids in parts])
+    sound = vectors.isfinite().all() and latents.isfinite().all()
+    D.require(sound, "stage cache: vectors or latents are not finite; a lower --lr may help")
+    m.treatment.fit(vectors, run.config.treatment)
+    m.latent_treatment.fit(latents)
     encoders = {
         "features": lambda ids: m.treatment(encode(ids)),
         "latents": lambda ids: m.latent_treatment(m.vae.encode(run.pixels(ids))),

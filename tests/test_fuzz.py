@@ -505,6 +505,7 @@ SMALL = {
 @cases(0.03)
 @given(flags=st.fixed_dictionaries({}, optional=SMALL))
 @example(flags={"decoder_patch": 3})
+@example(flags={"clip_steps": 1, "treatment": "whiten", "lr": 6635218.0})
 def test_accepted_flags_of_train_run(capsys, micro_flags, tmp_path_factory, flags):
     """A whole run of a step a stage, or one line that names what does not fit."""
     out = tmp_path_factory.mktemp("fuzz")
