@@ -97,7 +97,8 @@ def build_sequences(
     Raises ValueError if a text has more than `length` tokens, unless there is a Counter `cut`: then
     its end is dropped, never within a character, and counted by role.
     """
-    built, slots = [], {"image": [IMAGE] * tokens, "queries": [QUERY] * queries}
+    begins = {"user": [USER], "bot": [BOT], "image": [IMAGE] * tokens, "queries": [QUERY] * queries}
+    built = []
     for row in rows:
         ids, learn = [BOS], [False]
         for role, text in row:
@@ -110,12 +111,7 @@ def build_sequences(
                 while body[end] >> 6 == 2:  # a byte within a character
                     end -= 1
                 body = body[:end]
-            if role in slots:
-                body = slots[role]
-            elif role == "bot" and text is not None:
-                body = [BOT, *body, EOS]
-            else:
-                body = [BOT if role == "bot" else USER, *body]
+            body = begins[role] + body + [EOS] * (role == "bot" and text is not None)
             ids += body
             learn += [role == "bot" and i > 0 for i in range(len(body))]  # <bot> itself is given
         built.append((ids, learn))
@@ -784,10 +780,8 @@ class BLIP3o(nn.Module):
         def size(width, depth):
             return width, depth, width // c.head_dim
 
-        towers = size(c.clip_width, c.clip_depth)
-        self.clip = None
-        if raw_channels is None:
-            self.clip = TinyCLIP(side, vectors, *towers, vocabulary, c.clip_noise)
+        towers = (side, vectors, *size(c.clip_width, c.clip_depth), vocabulary, c.clip_noise)
+        self.clip = TinyCLIP(*towers) if raw_channels is None else None
         self.treatment = Treatment(raw_channels or c.channels, c.channels)
         self.vae = VAE(c.vae_width, c.vae_depth)
         self.latent_treatment = Treatment(4, 4)

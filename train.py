@@ -46,7 +46,6 @@ import data as D
 import model as M
 
 STAGES = ("clip", "vae", "cache", "understand", "generate", "tune", "decode")
-STEPS = tuple(f"{stage}_steps" for stage in STAGES)
 SHARES = ("drop", "broad_share", "repeat_share", "thin", "cooldown", "ema")  # settings in 0..1
 VERSION = 2  # of the checkpoints
 # the stages whose weights a stage learns with: trained anew, they need it trained anew too
@@ -72,6 +71,7 @@ class Config:
 
     data: str = flag("data/shapes", "folder of the prepared set (data.py)")
     out: str = flag("out/demo", "folder of the run")
+    init: str = flag("", "weights file to start from; a stage of 0 steps keeps what lies there")
     seed: int = flag(0, "of weights, batches and noise")
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda", "mps"))
     precision: str = flag("auto", "of the matmuls", ("auto", "fp32", "bf16", "fp16"))
@@ -136,7 +136,7 @@ class Config:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             known = not choices or value in choices
             D.require(known, f"--{f.name} {value}: expected one of {', '.join(choices)}")
-            size = f.type is int and f.name not in ("seed", "warmup", *STEPS)
+            size = f.type is int and not re.fullmatch("seed|warmup|.*_steps", f.name)
             least, most = int(size), 1000 if "depth" in f.name else 2**20 if size else 2**63
             if type(value) in (int, float):
                 expected = f"expected at least {least}, below {most}"
@@ -294,10 +294,11 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def load_model(path: Path) -> tuple[M.BLIP3o, M.Tokenizer, Config, dict]:
-    """The model of a finished run (or of shipped weights), in float32 and frozen."""
+    """The model of a finished run (or of shipped weights), in float32 and frozen; settings newer
+    than it have their defaults."""
     tensors, metadata = load_weights(path)
-    unknown = metadata["config"].keys() ^ {f.name for f in fields(Config)}
-    D.require(not unknown, f"{path} differs in settings {sorted(unknown)}: train it again")
+    unknown = metadata["config"].keys() - {f.name for f in fields(Config)}
+    D.require(not unknown, f"{path} has settings {sorted(unknown)}, unknown here: train it again")
     config, tokenizer = Config(**metadata["config"]), M.Tokenizer(metadata["words"])
     net = M.BLIP3o(config, len(tokenizer), metadata["side"], metadata["raw_channels"])
     net.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
@@ -331,8 +332,9 @@ class Run:
         self.caches, self.cut = {}, Counter()
         D.require(len(self.data.train_ids), f"--data {config.data}: one picture, expected two")
         self.device, self.dtype, compile = resolve_machine(config)
-        texts = (self.data.texts(i) for i in self.data.train_ids[:5000])
-        self.tokenizer = M.Tokenizer.fit(text for entry in texts for text in flat_texts(entry))
+        start, facts = load_weights(Path(config.init)) if config.init else ({}, {})
+        texts = chain(*(flat_texts(self.data.texts(i)) for i in self.data.train_ids[:5000]))
+        self.tokenizer = M.Tokenizer(facts["words"]) if start else M.Tokenizer.fit(texts)
         words, side = self.tokenizer.words, self.data.images.shape[1]
         grid, latents, patch = math.isqrt(config.tokens), side // M.VAE.factor, config.decoder_patch
         fits = side % math.lcm(grid, M.VAE.factor) == 0 and grid <= latents
@@ -350,6 +352,11 @@ class Run:
             D.require(fits, f"--channels {config.channels}: {message}")
         torch.manual_seed(config.seed)
         self.model = m = M.BLIP3o(config, len(self.tokenizer), side, raw).to(self.device)
+        if start:
+            own = {name: tensor.shape for name, tensor in m.state_dict().items()}
+            differs = sorted(own.items() ^ {name: x.shape for name, x in start.items()}.items())
+            D.require(not differs, f"--init {config.init}: other shapes, {differs[:2]}")
+            m.load_state_dict(start)
         # a card waits for nothing while a few steps are read ahead; a CPU has no core to spare
         self.ahead = 0 if self.device.type == "cpu" else min(4, os.cpu_count() or 1)
         self.compile, self.reader = compile, ThreadPoolExecutor(max(1, self.ahead))
@@ -357,14 +364,14 @@ class Run:
             part.checkpoint = config.checkpoint
         self.metadata = {"version": VERSION, "config": asdict(config), "words": words}
         self.metadata |= {"side": side, "raw_channels": raw, "data": self.data.meta["settings"]}
+        self.sums = {"init": zlib.crc32(save(start))} if start else {}
 
     def trained(self, stage: str) -> list[nn.Module | nn.Parameter]:
         m = self.model
-        if stage in ("generate", "tune"):
-            return [m.head, m.backbone if self.config.joint else m.backbone.queries]
-        if stage == "understand":
-            return [m.backbone]
-        return [{"clip": m.clip, "vae": m.vae, "decode": m.decoder}[stage]]
+        flow = [m.head, m.backbone if self.config.joint else m.backbone.queries]
+        parts = {"clip": [m.clip], "vae": [m.vae], "understand": [m.backbone]}
+        parts |= {"generate": flow, "tune": flow, "decode": [m.decoder]}
+        return parts[stage]
 
     def clip_batch(self, rows):
         captions = [self.data.texts(i)["caption"] for i in rows.ids]
@@ -432,13 +439,12 @@ class Run:
 
     def decode_batch(self, rows):
         vectors = self.cached("features", rows.ids)
-        strength = [rng.random() * self.config.decoder_noise for rng in rows.rngs]
-        batch = {"vectors": vectors, "strength": torch.tensor(strength).view(-1, 1, 1)}
-        batch["blur"] = draw_noise(rows.rngs, vectors.shape[1:])
-        return {**batch, **self.flow_batch(rows, self.cached("latents", rows.ids))}
+        strength = torch.tensor([rng.random() * self.config.decoder_noise for rng in rows.rngs])
+        vectors += strength.view(-1, 1, 1) * draw_noise(rows.rngs, vectors.shape[1:])
+        return {"vectors": vectors, **self.flow_batch(rows, self.cached("latents", rows.ids))}
 
-    def decode_loss(self, vectors, strength, blur, kept, **flow):
-        losses = M.flow_loss(self.model.decoder, cond=(vectors + strength * blur) * kept, **flow)
+    def decode_loss(self, vectors, kept, **flow):
+        losses = M.flow_loss(self.model.decoder, cond=vectors * kept, **flow)
         return losses, noise_levels(losses, flow["t"])
 
     def flow_batch(self, rows, x: Tensor, draws: int = 1, shift: float = 1.0) -> dict[str, Tensor]:
@@ -834,27 +840,26 @@ def fill_cache(run: Run) -> None:
     """Stage cache: features and latents of the whole set, once; the statistics that treat them."""
     begun, m, count = time.perf_counter(), run.model, len(run.data)
 
-    def encode(ids):
+    def look(ids):
         if m.clip is None:
             return torch.from_numpy(run.data.vectors(ids)).to(run.device)
         return m.clip.vectors(run.pixels(ids))
 
     sample = run.data.train_ids[:: max(1, len(run.data.train_ids) // 2000)]
     parts = np.array_split(sample, math.ceil(len(sample) / 128))
-    vectors = torch.cat([encode(ids).cpu() for ids in parts])
-    latents = torch.cat([m.vae.encode(run.pixels(ids)).cpu() for ids in parts])
-    sound = vectors.isfinite().all() and latents.isfinite().all()
-    D.require(sound, "stage cache: vectors or latents are not finite; a lower --lr may help")
-    m.treatment.fit(vectors, run.config.treatment)
-    m.latent_treatment.fit(latents)
-    encoders = {
-        "features": lambda ids: m.treatment(encode(ids)),
-        "latents": lambda ids: m.latent_treatment(m.vae.encode(run.pixels(ids))),
-    }
     batches = np.split(np.arange(count), range(128, count, 128))
-    for name, encoded in encoders.items():
-        rows = (encoded(ids).half().cpu().numpy() for ids in tqdm(batches, name, unit="batch"))
-        D.write_array(run.out / f"{name}.npy", rows)
+    kinds = {
+        "features": (look, m.treatment, run.config.treatment),
+        "latents": (lambda ids: m.vae.encode(run.pixels(ids)), m.latent_treatment, "standardise"),
+    }
+    for name, (encode, treatment, mode) in kinds.items():
+        raw = torch.cat([encode(ids).cpu() for ids in parts])
+        message = f"stage cache: {name} are not finite; a lower --lr may help"
+        D.require(raw.isfinite().all(), message)
+        treatment.fit(raw, mode)
+        shown = tqdm(batches, name, unit="batch")
+        treated = (treatment(encode(ids)).half().cpu().numpy() for ids in shown)
+        D.write_array(run.out / f"{name}.npy", treated)
     statistics = {k: v for k, v in m.state_dict().items() if "treatment." in k}
     facts = {**run.metadata, "seconds": time.perf_counter() - begun}
     save_weights(run.out / "cache.safetensors", statistics, facts)
@@ -888,12 +893,13 @@ def save_strip(run: Run, stage: str, step: int) -> None:
 
 def train_run(config: Config) -> None:
     run = Run(config)
-    path, seconds, sums = run.out / "model.safetensors", {}, {}
+    path, seconds, sums = run.out / "model.safetensors", {}, run.sums
     for stage in STAGES if run.model.clip is not None else STAGES[1:]:
         part = run.out / f"{stage}.safetensors"
         if getattr(config, f"{stage}_steps", 1) == 0:
             continue
-        run.metadata["built_on"] = {name: sums.get(name) for name in BUILT_ON.get(stage, ())}
+        before = ("init", *BUILT_ON.get(stage, ()))
+        run.metadata["built_on"] = {name: sums.get(name) for name in before}
         missing = not part.exists()
         wait_for_all()  # each has looked before one writes
         if missing and RANK == 0:

@@ -477,7 +477,7 @@ def test_any_flags_of_train(capsys, flags):
 
 
 SMALL = {
-    **{name: st.integers(0, 1) for name in train.STEPS if name != "cache_steps"},
+    **{f"{stage}_steps": st.integers(0, 1) for stage in train.STAGES if stage != "cache"},
     **{name: st.sampled_from([32, 64]) for name in ("width", "dit_width", "decoder_width")},
     **{name: st.integers(1, 3) for name in ("clip_batch", "vae_batch", "draws", "vae_depth")},
     **{name: st.floats(0, 1, allow_subnormal=False) for name in train.SHARES},
@@ -509,7 +509,7 @@ SMALL = {
 def test_accepted_flags_of_train_run(capsys, micro_flags, tmp_path_factory, flags):
     """A whole run of a step a stage, or one line that names what does not fit."""
     out = tmp_path_factory.mktemp("fuzz")
-    flags = {name: 1 for name in train.STEPS if name != "cache_steps"} | flags
+    flags = {f"{stage}_steps": 1 for stage in train.STAGES if stage != "cache"} | flags
     words = [
         *micro_flags,
         "--out",

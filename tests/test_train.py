@@ -676,6 +676,39 @@ def test_load_model_is_the_run(micro_run, micro_flags):
     assert all(torch.equal(stages[n], saved[n]) for n in saved)
 
 
+def test_settings_of_another_version(micro_run, tmp_path):
+    """A setting that weights do not know has its default; one that only they know is refused."""
+    weights, metadata = train.load_weights(micro_run / "model.safetensors")
+    del metadata["config"]["init"]
+    train.save_weights(tmp_path / "older", weights, metadata)
+    assert train.load_model(tmp_path / "older")[2].init == ""
+    metadata["config"]["mixture"] = 3
+    train.save_weights(tmp_path / "newer", weights, metadata)
+    with pytest.raises(ValueError, match="mixture.*unknown"):
+        train.load_model(tmp_path / "newer")
+
+
+def test_init_goes_on_from_a_run(capsys, micro_flags, micro_run, tmp_path):
+    """Weights and words are those of the run; a stage with steps changes what it trains."""
+    weights, metadata = train.load_weights(micro_run / "model.safetensors")
+    metadata["words"].reverse()  # those of the set would come in the other order
+    train.save_weights(tmp_path / "start", weights, metadata)
+    command = [*micro_flags, "--init", str(tmp_path / "start"), "--out"]
+    zeros = [part for stage in TRAINED for part in (f"--{stage}_steps", "0")]
+    train.main([*command, str(tmp_path / "same"), *zeros])
+    train.main([*command, str(tmp_path / "tuned"), *zeros, "--tune_steps", "3"])
+    same, tuned = (
+        train.load_weights(tmp_path / run / "model.safetensors") for run in ("same", "tuned")
+    )
+    assert same[1]["words"] == tuned[1]["words"] == metadata["words"]
+    assert all(torch.equal(weights[n], same[0][n]) for n in weights)
+    changed = {n for n in weights if not torch.equal(weights[n], tuned[0][n])}
+    assert changed == {n for n in weights if re.match(TRAINED["tune"], n)}
+    wide = refused(capsys, [*command, str(tmp_path / "wide"), "--dit_width", "64"])
+    assert "other shapes" in wide and "head." in wide
+    assert "none" in refused(capsys, [*micro_flags, "--init", str(tmp_path / "none")])
+
+
 def test_logs_and_strips(micro_run):
     """Each stage leaves a CSV, flow stages with loss by noise level, and strips of eight pairs."""
     levels = [f"loss_t0.{i}" for i in range(0, 10, 2)]
