@@ -54,7 +54,7 @@ BUILT_ON |= {"generate": ("clip", "understand"), "tune": ("clip", "understand", 
 # the optimiser's matrices: adaLN's are wide, so that orthogonalising them costs more than it gains
 MUON = r"blocks\.(?!.*modulation)"
 HARMLESS = {"data", "out", "device", "precision", "compile", "save_every", "strip_every"}
-HARMLESS |= {"accumulate", "checkpoint"}
+HARMLESS |= {"accumulate", "checkpoint", "init"}  # what init holds counts, not its name
 # this process among those of torchrun
 RANK, WORLD = (int(os.environ.get(name, one)) for name, one in (("RANK", 0), ("WORLD_SIZE", 1)))
 PROGRESS = ("step", "rows", "seconds", "skipped", "in_row", "averages")  # of a stage
@@ -333,7 +333,7 @@ class Run:
         D.require(len(self.data.train_ids), f"--data {config.data}: one picture, expected two")
         self.device, self.dtype, compile = resolve_machine(config)
         start, facts = load_weights(Path(config.init)) if config.init else ({}, {})
-        texts = chain(*(flat_texts(self.data.texts(i)) for i in self.data.train_ids[:5000]))
+        texts = chain(*map(flat_texts, map(self.data.texts, self.data.train_ids[:5000])))
         self.tokenizer = M.Tokenizer(facts["words"]) if start else M.Tokenizer.fit(texts)
         words, side = self.tokenizer.words, self.data.images.shape[1]
         grid, latents, patch = math.isqrt(config.tokens), side // M.VAE.factor, config.decoder_patch
@@ -355,7 +355,7 @@ class Run:
         if start:
             own = {name: tensor.shape for name, tensor in m.state_dict().items()}
             differs = sorted(own.items() ^ {name: x.shape for name, x in start.items()}.items())
-            D.require(not differs, f"--init {config.init}: other shapes, {differs[:2]}")
+            D.require(not differs, f"--init {config.init}: other sizes, {differs[:2]}")
             m.load_state_dict(start)
         # a card waits for nothing while a few steps are read ahead; a CPU has no core to spare
         self.ahead = 0 if self.device.type == "cpu" else min(4, os.cpu_count() or 1)
@@ -364,7 +364,7 @@ class Run:
             part.checkpoint = config.checkpoint
         self.metadata = {"version": VERSION, "config": asdict(config), "words": words}
         self.metadata |= {"side": side, "raw_channels": raw, "data": self.data.meta["settings"]}
-        self.sums = {"init": zlib.crc32(save(start))} if start else {}
+        self.sums = {"start": checksum(start, facts["words"])} if start else {}
 
     def trained(self, stage: str) -> list[nn.Module | nn.Parameter]:
         m = self.model
@@ -898,7 +898,7 @@ def train_run(config: Config) -> None:
         part = run.out / f"{stage}.safetensors"
         if getattr(config, f"{stage}_steps", 1) == 0:
             continue
-        before = ("init", *BUILT_ON.get(stage, ()))
+        before = ("start", *BUILT_ON.get(stage, ()))
         run.metadata["built_on"] = {name: sums.get(name) for name in before}
         missing = not part.exists()
         wait_for_all()  # each has looked before one writes

@@ -705,7 +705,12 @@ def test_init_goes_on_from_a_run(capsys, micro_flags, micro_run, tmp_path):
     changed = {n for n in weights if not torch.equal(weights[n], tuned[0][n])}
     assert changed == {n for n in weights if re.match(TRAINED["tune"], n)}
     wide = refused(capsys, [*command, str(tmp_path / "wide"), "--dit_width", "64"])
-    assert "other shapes" in wide and "head." in wide
+    assert "other sizes" in wide and "head." in wide
+    shutil.move(tmp_path / "start", tmp_path / "moved")
+    goes_on = ["--out", str(tmp_path / "tuned"), *zeros, "--tune_steps", "3"]
+    train.main([*micro_flags, *goes_on, "--init", str(tmp_path / "moved")])
+    other = [*micro_flags, *goes_on, "--init", str(micro_run / "model.safetensors")]
+    assert "with start" in refused(capsys, other)  # its words come in another order
     assert "none" in refused(capsys, [*micro_flags, "--init", str(tmp_path / "none")])
 
 
