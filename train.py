@@ -333,7 +333,7 @@ class Run:
         D.require(len(self.data.train_ids), f"--data {config.data}: one picture, expected two")
         self.device, self.dtype, compile = resolve_machine(config)
         start, facts = load_weights(Path(config.init)) if config.init else ({}, {})
-        texts = chain(*map(flat_texts, map(self.data.texts, self.data.train_ids[:5000])))
+        texts = flat_texts(map(self.data.texts, self.data.train_ids[:5000]))
         self.tokenizer = M.Tokenizer(facts["words"]) if start else M.Tokenizer.fit(texts)
         words, side = self.tokenizer.words, self.data.images.shape[1]
         grid, latents, patch = math.isqrt(config.tokens), side // M.VAE.factor, config.decoder_patch
@@ -491,8 +491,8 @@ def draw_noise(rngs: list[np.random.Generator], shape: tuple) -> Tensor:
     return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
 
 
-def flat_texts(entry: dict) -> list[str]:
-    return [entry["caption"], entry["clean"] or "", *(t for pair in entry["qa"] for t in pair)]
+def flat_texts(entries):
+    return (text for e in entries for text in (e["caption"], e["clean"] or "", *chain(*e["qa"])))
 
 
 def dialogue(entry: dict, rng) -> list[tuple[str, str | None]]:

@@ -476,8 +476,9 @@ def test_any_flags_of_train(capsys, flags):
     outcome(capsys, train.parse_config, words, "--")
 
 
+STEPS = [f"{stage}_steps" for stage in train.STAGES if stage != "cache"]
 SMALL = {
-    **{f"{stage}_steps": st.integers(0, 1) for stage in train.STAGES if stage != "cache"},
+    **{name: st.integers(0, 1) for name in STEPS},
     **{name: st.sampled_from([32, 64]) for name in ("width", "dit_width", "decoder_width")},
     **{name: st.integers(1, 3) for name in ("clip_batch", "vae_batch", "draws", "vae_depth")},
     **{name: st.floats(0, 1, allow_subnormal=False) for name in train.SHARES},
@@ -509,7 +510,7 @@ SMALL = {
 def test_accepted_flags_of_train_run(capsys, micro_flags, tmp_path_factory, flags):
     """A whole run of a step a stage, or one line that names what does not fit."""
     out = tmp_path_factory.mktemp("fuzz")
-    flags = {f"{stage}_steps": 1 for stage in train.STAGES if stage != "cache"} | flags
+    flags = dict.fromkeys(STEPS, 1) | flags
     words = [
         *micro_flags,
         "--out",
