@@ -34,6 +34,8 @@ from torch.utils.data import BatchSampler
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
+from model import resize_grid
+
 
 def require(condition, message):
     """ValueError with this message unless the condition holds."""
@@ -439,17 +441,7 @@ class Tower(torch.nn.Module):
     def forward(self, images):
         """(B, 3, side, side) -> (B, tokens, C), after the model's last norm."""
         tokens = self.model.forward_features(v2.functional.normalize(images, **self.normal))
-        return pool_tokens(tokens[:, self.model.num_prefix_tokens :], self.tokens)
-
-
-def pool_tokens(tokens, n):
-    """Averages a square grid of tokens (B, N, C) to n = k * k tokens (B, n, C)."""
-    side, target = math.isqrt(tokens.shape[1]), math.isqrt(n)
-    square = (side * side, target * target) == (tokens.shape[1], n)
-    require(square, f"expected square grids, got {tokens.shape[1]} tokens to pool to {n}")
-    grid = tokens.transpose(1, 2).unflatten(2, (side, side))  # (B, C, side, side)
-    grid = torch.nn.functional.adaptive_avg_pool2d(grid, target)
-    return grid.flatten(2).transpose(1, 2)  # (B, n, C)
+        return resize_grid(tokens[:, self.model.num_prefix_tokens :], self.tokens)
 
 
 def open_tower(name, tokens=64, weights=None):
@@ -458,6 +450,7 @@ def open_tower(name, tokens=64, weights=None):
     weights: None = timm's own from the hub, a file of them, or "untrained" (for tests).
     ValueError where the name, the file or the network does not give the tower that was asked for.
     """
+    require(math.isqrt(tokens) ** 2 == tokens, f"--tokens {tokens}: expected a square, such as 64")
     patch = re.search(r"patch(\d+)", name)
     message = f"tower {name!r} is unknown: expected a timm ViT, e.g. {EXAMPLE_TOWER}"
     require(patch and name in timm.list_models() + timm.list_pretrained(), message)

@@ -374,9 +374,9 @@ def timestep_features(t: Tensor) -> Tensor:
 
 
 def resize_grid(grid: Tensor, tokens: int) -> Tensor:
-    """A square grid of vectors at another resolution, nearest: (B, M, D) -> (B, tokens, D)."""
+    """A square grid of vectors, averaged to fewer or repeated: (B, M, D) -> (B, tokens, D)."""
     grid = rearrange(grid, "b (r c) d -> b d r c", r=math.isqrt(grid.shape[1]))
-    return rearrange(F.interpolate(grid, size=[math.isqrt(tokens)] * 2), "b d r c -> b (r c) d")
+    return rearrange(F.adaptive_avg_pool2d(grid, math.isqrt(tokens)), "b d r c -> b (r c) d")
 
 
 # --------------------------------------------------------------------------------- flow matching

@@ -22,8 +22,7 @@ import signal
 import sys
 import sysconfig
 import time
-import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
@@ -31,7 +30,6 @@ from datetime import timedelta
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -137,12 +135,10 @@ class Config:
             known = not choices or value in choices
             D.require(known, f"--{f.name} {value}: expected one of {', '.join(choices)}")
             size = f.type is int and not re.fullmatch("seed|warmup|.*_steps", f.name)
-            least, most = int(size), 1000 if "depth" in f.name else 2**20 if size else 2**63
-            if type(value) in (int, float):
-                expected = f"expected at least {least}, below {most}"
-                D.require(least <= value < most, f"--{f.name} {value}: {expected}")
-                share = f.name not in SHARES or value <= 1
-                D.require(share, f"--{f.name} {value}: expected a share, 0 to 1")
+            most = 1000 if "depth" in f.name else 2**20 if size else 2**63 - 1
+            least, most = int(size), 1 if f.name in SHARES else most
+            fits = type(value) not in (int, float) or least <= value <= most
+            D.require(fits, f"--{f.name} {value}: expected {least} to {most}")
         side = math.isqrt(self.tokens)
         square = side**2 == self.tokens and side % self.dit_patch == 0
         message = "expected a square whose side --dit_patch divides, such as 64"
@@ -208,8 +204,7 @@ def parse_config(arguments: list[str]) -> Config:
 
 
 def best_device() -> str:
-    mps = torch.backends.mps.is_available()
-    return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    return next(d for d in ("cuda", "mps", "cpu") if getattr(torch, d).is_available())
 
 
 def resolve_machine(c: Config) -> tuple[torch.device, torch.dtype | None, bool]:
@@ -257,12 +252,6 @@ def add_over_processes(tensors: list[Tensor]) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def wait_for_all() -> None:
-    """Returns once every process is here."""
-    if WORLD > 1:
-        dist.barrier()
-
-
 def checksum(tensors: dict[str, Tensor], metadata: dict) -> str:
     """Changes with every bit that a checkpoint holds."""
     return hashlib.sha256(save(tensors) + json.dumps(metadata, sort_keys=True).encode()).hexdigest()
@@ -308,14 +297,10 @@ def load_model(path: Path) -> tuple[M.BLIP3o, M.Tokenizer, Config, dict]:
 # ------------------------------------------------------------------------------------------- stages
 
 
-class Rows(NamedTuple):
-    """What one process takes of a step's batch in one go."""
-
-    places: np.ndarray  # in the batch
-    ids: np.ndarray  # in the set
-    rngs: list[np.random.Generator]  # of each row's choices and noise
-    count: int  # rows of the whole batch
-    offset: float  # in 0..1, of its times; it also chooses what a step of understand learns
+# What one process takes of a step's batch in one go: each row's place in the batch, id in the set
+# and generator of its choices and noise; rows of the whole batch; and an offset in 0..1 of its
+# times, which also chooses what a step of understand learns.
+Rows = namedtuple("Rows", "places ids rngs count offset")
 
 
 class Run:
@@ -901,18 +886,20 @@ def train_run(config: Config) -> None:
         before = ("start", *BUILT_ON.get(stage, ()))
         run.metadata["built_on"] = {name: sums.get(name) for name in before}
         missing = not part.exists()
-        wait_for_all()  # each has looked before one writes
+        if WORLD > 1:
+            dist.barrier()  # each has looked before one writes
         if missing and RANK == 0:
             path.unlink(missing_ok=True)
         if missing and stage != "cache":
             train_stage(run, stage)
         elif missing and RANK == 0:
             fill_cache(run)
-        wait_for_all()
+        if WORLD > 1:
+            dist.barrier()
         tensors, metadata = load_weights(part)
         check_same(part, metadata, run.metadata)
         run.model.load_state_dict(tensors, strict=False)
-        seconds[stage], sums[stage] = round(metadata["seconds"], 1), zlib.crc32(save(tensors))
+        seconds[stage], sums[stage] = round(metadata["seconds"], 1), checksum(tensors, {})
         if RANK == 0:
             for file in run.out.glob(f"{stage}.partial*"):  # here, for a kill before it
                 file.unlink()

@@ -358,12 +358,26 @@ def test_patches_there_and_back():
     close(dit(x.view(1, 16, 3), torch.rand(1), torch.randn(1, 4, 5)), x.view(1, 16, 3), rtol=1e-3)
 
 
-def test_resize_grid():
+def test_grids_are_repeated():
     """Twice the side repeats every vector in a 2 x 2 square; the same side changes nothing."""
     grid = torch.arange(4.0).view(1, 4, 1)
     expected = torch.kron(grid.view(2, 2), torch.ones(2, 2))
     assert torch.equal(M.resize_grid(grid, 16).view(4, 4), expected)
     assert torch.equal(M.resize_grid(grid, 4), grid)
+
+
+@settings(max_examples=60, deadline=None)
+@given(side=st.integers(1, 40), target=st.integers(1, 10), channels=st.integers(1, 3))
+def test_any_grid_is_averaged(side, target, channels):
+    """k * k vectors out of any grid: each the mean of its cells, so a constant stays constant."""
+    grid = torch.arange(side * side * channels).float().view(1, side * side, channels)
+    pooled = M.resize_grid(grid, target * target)
+    assert pooled.shape == (1, target * target, channels)
+    cells = grid.view(side, side, channels)
+    for i, j in ((0, 0), (target - 1, 0), (target // 2, target - 1)):
+        rows, columns = (slice(k * side // target, -(-(k + 1) * side // target)) for k in (i, j))
+        expected = cells[rows, columns].mean((0, 1))
+        assert torch.allclose(pooled[0, i * target + j], expected, rtol=1e-4)
 
 
 # --------------------------------------------------------------------------------- flow matching

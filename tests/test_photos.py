@@ -17,8 +17,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -601,26 +599,10 @@ def test_help_lists_every_flag(capsys, command):
 # ----------------------------------------------------------------------------------- towers
 
 
-@settings(max_examples=60, deadline=None)
-@given(side=st.integers(1, 40), target=st.integers(1, 10), channels=st.integers(1, 3))
-def test_any_grid_is_pooled(side, target, channels):
-    """k * k tokens out of any grid: each the mean of its cells, so a constant stays constant."""
-    grid = torch.arange(side * side * channels).float().view(1, side * side, channels)
-    pooled = data.pool_tokens(grid, target * target)
-    assert pooled.shape == (1, target * target, channels)
-    cells = grid.view(side, side, channels)
-    for i, j in ((0, 0), (target - 1, 0), (target // 2, target - 1)):
-        rows, columns = (slice(k * side // target, -(-(k + 1) * side // target)) for k in (i, j))
-        expected = cells[rows, columns].mean((0, 1))
-        assert torch.allclose(pooled[0, i * target + j], expected, rtol=1e-4)
-
-
-def test_what_is_no_square_grid_is_refused():
-    """A grid or a number of tokens that is no square is named."""
-    with pytest.raises(ValueError, match="12"):
-        data.pool_tokens(torch.zeros(1, 12, 4), 4)
-    with pytest.raises(ValueError, match="63"):
-        data.pool_tokens(torch.zeros(1, 64, 4), 63)
+def test_tokens_that_are_no_square_are_refused():
+    """A number of tokens that is no square is named, before a tower is made."""
+    with pytest.raises(ValueError, match="--tokens 63"):
+        data.open_tower(data.EXAMPLE_TOWER, 63, "untrained")
 
 
 @pytest.fixture
