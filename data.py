@@ -95,15 +95,10 @@ def grammar(first, second):
 PLAIN = [(shape, None) for shape in SHAPES]
 NAMED = PLAIN + SEEN + sorted(HELD_OUT)
 PLAIN_PROMPTS, SEEN_PROMPTS = grammar(PLAIN, PLAIN), grammar(SEEN, SEEN)
-ALL_PROMPTS = {p.text: p for prompts in grammar(NAMED, NAMED).values() for p in prompts}
+# by its text, "two red triangles"
+PROMPTS = {p.text: p for prompts in grammar(NAMED, NAMED).values() for p in prompts}
 FREE = [Prompt("", "free", ((None, None),) * n) for n in (1, 2, 3, 4)]
 TRAINING_PROMPTS = [SEEN_PROMPTS["single"], SEEN_PROMPTS["two"], FREE, *PLAIN_PROMPTS.values()]
-
-
-def parse_prompt(text):
-    """The Prompt with this text, e.g. "two red triangles"; ValueError on any other wording."""
-    require(text in ALL_PROMPTS, f"cannot parse {text!r}: expected e.g. 'a circle above a square'")
-    return ALL_PROMPTS[text]
 
 
 def deal(prompts, count, rng):

@@ -20,7 +20,7 @@ import sample
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["a red circle left of a blue square", "three green circles", "a triangle"]
 FEW = {
-    name: [data.parse_prompt(text) for text in texts]
+    name: [data.PROMPTS[text] for text in texts]
     for name, texts in {
         "seen": ["a circle", "a circle and a square", "two circles", "a red circle"]
         + ["a circle above a square", "a red circle and a blue square"],
@@ -46,7 +46,7 @@ def studio(micro_run):
 @pytest.fixture
 def picture(tmp_path):
     """A picture file with one red circle."""
-    images, _ = data.draw_scenes([data.parse_prompt("a red circle")], np.random.default_rng(0))
+    images, _ = data.draw_scenes([data.PROMPTS["a red circle"]], np.random.default_rng(0))
     Image.fromarray(images[0]).save(tmp_path / "picture.png")
     return str(tmp_path / "picture.png")
 
@@ -190,7 +190,7 @@ def test_what_is_scored_is_what_is_first_drawn(studio, monkeypatch):
 
     def draw_once(prompts, seeds):
         calls.append((prompts, seeds))
-        parsed = [data.parse_prompt(text) for text in prompts]
+        parsed = [data.PROMPTS[text] for text in prompts]
         return data.draw_scenes(parsed, np.random.default_rng(0))[0]
 
     seen = []
@@ -313,14 +313,14 @@ def test_the_score_is_the_mean_of_the_categories():
     """Two of two single and one of four counting give (1 + 1/4) / 2, not 3 / 6."""
     texts = ["a circle", "a square", "two circles", "two squares", "two triangles", "three circles"]
     drawn = ["a circle", "a square", "two circles", "a circle", "two circles", "two circles"]
-    images, _ = data.draw_scenes([data.parse_prompt(t) for t in drawn], np.random.default_rng(0))
-    result = sample.score_prompts([data.parse_prompt(t) for t in texts], images)
+    images, _ = data.draw_scenes([data.PROMPTS[t] for t in drawn], np.random.default_rng(0))
+    result = sample.score_prompts([data.PROMPTS[t] for t in texts], images)
     assert result["strict"] == {"single": 1.0, "counting": 0.25, "mean": 0.625}
 
 
 def test_the_floor_mismatches_every_picture():
     """The floor asks another text of the category: right pictures of few prompts give 0."""
-    prompts = [data.parse_prompt(text) for text in ("a circle", "a square") * 4]
+    prompts = [data.PROMPTS[text] for text in ("a circle", "a square") * 4]
     images, _ = data.draw_scenes(prompts, np.random.default_rng(0))
     result = sample.score_prompts(prompts, images)
     assert result["strict"]["mean"] == 1 and result["floor"]["mean"] == 0
@@ -330,9 +330,9 @@ def test_entropy_by_hand():
     """One color gives 0, two in equal shares log 2 / log 6; prompts with colors don't count."""
 
     def entropy(*texts, asked="a circle"):
-        parsed = [data.parse_prompt(text) for text in texts]
+        parsed = [data.PROMPTS[text] for text in texts]
         images, _ = data.draw_scenes(parsed, np.random.default_rng(0))
-        return sample.score_prompts([data.parse_prompt(asked)] * len(texts), images)["entropy"]
+        return sample.score_prompts([data.PROMPTS[asked]] * len(texts), images)["entropy"]
 
     assert entropy("a red circle", "a red circle") == 0
     two = entropy("a red circle", "a blue circle", "a red circle", "a blue square")
