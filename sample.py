@@ -78,7 +78,7 @@ class Studio:
         return ids.to(self.device)
 
     def imagine(self, prompts: list[str], seeds: list[int]) -> Tensor:
-        """Prompts -> treated vectors (B, N, C)."""
+        """Prompts -> what the flow head makes: treated vectors (B, N, C), or latents."""
         rows = self.sequences([[("user", text), ("queries", None)] for text in prompts])
 
         def flow(ids, seeds):
@@ -97,7 +97,10 @@ class Studio:
         return torch.cat(in_batches("pixels", flow, vectors, torch.tensor(seeds))).cpu().numpy()
 
     def draw(self, prompts: list[str], seeds: list[int]) -> np.ndarray:
-        return self.paint(self.imagine(prompts, seeds), seeds)
+        made = self.imagine(prompts, seeds)
+        if self.net.target == "clip":
+            return self.paint(made, seeds)
+        return torch.cat(in_batches("pixels", self.net.develop, made)).cpu().numpy()
 
     @torch.no_grad()
     def see(self, images: np.ndarray) -> Tensor:
@@ -253,7 +256,9 @@ def evaluate_photos(studio: Studio, dataset, run: Path, seed: int, limit: int = 
         return float(np.mean([classes[nearest[n]] == captions[n].split()[-1] for n in rows]))
 
     scores["class_accuracy_real"] = accuracy(truth)
-    scores["class_accuracy_generated"] = accuracy(studio.imagine(captions, seeds))
+    direct = studio.net.target == "clip"
+    made = studio.imagine(captions, seeds) if direct else studio.see(studio.draw(captions, seeds))
+    scores["class_accuracy_generated"] = accuracy(made)
     return scores
 
 

@@ -75,6 +75,8 @@ class Config:
     precision: str = flag("auto", "of the matmuls", ("auto", "fp32", "bf16", "fp16"))
     compile: str = flag("auto", "torch.compile", ("auto", "on", "off"))
     optimizer: str = flag("muon", "muon has adamw for all but matrices", ("adamw", "muon"))
+    target: str = flag("clip", "what the flow head makes: vectors or latents", ("clip", "vae"))
+    objective: str = flag("flow", "flow matching, or regression (MSE)", ("flow", "mse"))
     joint: bool = flag(False, "train the backbone during generation too")
     tokens: int = flag(64, "vectors of an image")
     queries: int = flag(16, "learned queries behind a prompt; the paper has as many as vectors")
@@ -322,9 +324,9 @@ class Run:
         self.tokenizer = M.Tokenizer(facts["words"]) if start else M.Tokenizer.fit(texts)
         words, side = self.tokenizer.words, self.data.images.shape[1]
         grid, latents, patch = math.isqrt(config.tokens), side // M.VAE.factor, config.decoder_patch
-        fits = side % math.lcm(grid, M.VAE.factor) == 0 and grid <= latents
-        message = f"expected px in whole {M.VAE.factor}s, and vectors that divide them, on a side"
-        D.require(fits, f"--tokens {config.tokens}, pictures of {side} px: {message}")
+        unit = grid * M.VAE.factor  # px, of a vector's place in whole latents
+        message = f"pictures of {side} px, expected whole {unit}s on a side"
+        D.require(side % unit == 0, f"--tokens {config.tokens}: {message}")
         # no coarser than the grid of vectors, of which the decoder would read some only
         patches = [n for n in range(1, latents // grid + 1) if latents % n == 0]
         message = f"--decoder_patch {patch}: expected one of {patches} for {config.tokens} vectors"
@@ -364,7 +366,8 @@ class Run:
         _, number = np.unique(captions, return_inverse=True)
         same = torch.from_numpy(number[:, None] == number).float()
         batch = {"images": self.images(rows.ids), "tokens": tokens, "same": same}
-        return batch | {"noise": draw_noise(rows.rngs, self.model.head.shape)}
+        shape = self.config.tokens, self.config.channels
+        return batch | {"noise": draw_noise(rows.rngs, shape)}
 
     def clip_loss(self, images, **batch):
         parts = self.model.clip(M.to_pixels(images), batch["tokens"], batch["same"], batch["noise"])
@@ -406,7 +409,10 @@ class Run:
         pools = [pool if i in pool else [i] for i, pool in zip(rows.ids, twins)]
         draws = self.config.draws
         ids = np.concatenate([rng.choice(pool, draws) for rng, pool in zip(rows.rngs, pools)])
-        flow = self.flow_batch(rows, self.cached("features", ids), draws, self.config.shift)
+        x = self.cached("features" if self.config.target == "clip" else "latents", ids)
+        flow = self.flow_batch(rows, x, draws, self.config.shift)
+        if self.config.objective == "mse":
+            flow |= {name: torch.zeros_like(flow[name]) for name in ("noise", "t")}
         return {"tokens": tokens, **flow}
 
     def generate_loss(self, tokens, kept, **flow):
@@ -861,14 +867,16 @@ def save_strip(run: Run, stage: str, step: int) -> None:
     elif stage == "decode":
         noise = torch.randn(len(ids), *m.decoder.shape, generator=generator).to(run.device)
         shown = m.paint(run.cached("features", ids).to(run.device), noise, steps=4)
-    elif stage in ("generate", "tune") and m.clip is not None:
+    elif stage in ("generate", "tune") and (m.clip is not None or m.target == "vae"):
         kind = "clean" if stage == "tune" else "caption"
         texts = [run.data.texts(i)[kind] or run.data.texts(i)["caption"] for i in ids]
         tokens = run.build([[("user", text), ("queries", None)] for text in texts])
         noise = torch.randn(len(ids), *m.head.shape, generator=generator).to(run.device)
-        vectors = m.imagine(tokens[0].to(run.device), noise, guidance=2.0, shift=run.config.shift)
-        # the decoder comes last: the tiny CLIP's own pixel head gives a preview
-        shown = M.to_images(m.clip.rebuild(m.treatment.inverse(vectors)))
+        made = m.imagine(tokens[0].to(run.device), noise, guidance=2.0, shift=run.config.shift)
+        if m.target == "vae":
+            shown = m.develop(made)
+        else:  # the decoder comes last: the tiny CLIP's own pixel head gives a preview
+            shown = M.to_images(m.clip.rebuild(m.treatment.inverse(made)))
     else:
         return
     both = torch.cat([M.to_images(pixels), shown]).permute(0, 3, 1, 2) / 255
@@ -883,7 +891,8 @@ def train_run(config: Config) -> None:
         part = run.out / f"{stage}.safetensors"
         if getattr(config, f"{stage}_steps", 1) == 0:
             continue
-        before = ("start", *BUILT_ON.get(stage, ()))
+        before = ["start", *BUILT_ON.get(stage, ())]
+        before += ["vae"] * (config.target == "vae" and stage in ("generate", "tune"))
         run.metadata["built_on"] = {name: sums.get(name) for name in before}
         missing = not part.exists()
         if WORLD > 1:
