@@ -325,8 +325,8 @@ class Run:
         words, side = self.tokenizer.words, self.data.images.shape[1]
         grid, latents, patch = math.isqrt(config.tokens), side // M.VAE.factor, config.decoder_patch
         unit = grid * M.VAE.factor  # px, of a vector's place in whole latents
-        message = f"pictures of {side} px, expected whole {unit}s on a side"
-        D.require(side % unit == 0, f"--tokens {config.tokens}: {message}")
+        message = f"pictures of {side} px: expected whole {unit}s on a side"
+        D.require(side % unit == 0, f"--tokens {config.tokens}, {message}")
         # no coarser than the grid of vectors, of which the decoder would read some only
         patches = [n for n in range(1, latents // grid + 1) if latents % n == 0]
         message = f"--decoder_patch {patch}: expected one of {patches} for {config.tokens} vectors"
