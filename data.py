@@ -95,7 +95,7 @@ def grammar(first, second):
 PLAIN = [(shape, None) for shape in SHAPES]
 NAMED = PLAIN + SEEN + sorted(HELD_OUT)
 PLAIN_PROMPTS, SEEN_PROMPTS = grammar(PLAIN, PLAIN), grammar(SEEN, SEEN)
-# all of them by their texts, as PROMPTS["two red triangles"]
+# every prompt that this grammar has, by its text
 PROMPTS = {p.text: p for prompts in grammar(NAMED, NAMED).values() for p in prompts}
 FREE = [Prompt("", "free", ((None, None),) * n) for n in (1, 2, 3, 4)]
 TRAINING_PROMPTS = [SEEN_PROMPTS["single"], SEEN_PROMPTS["two"], FREE, *PLAIN_PROMPTS.values()]

@@ -373,9 +373,11 @@ def timestep_features(t: Tensor) -> Tensor:
 
 
 def resize_grid(grid: Tensor, tokens: int) -> Tensor:
-    """A square grid of vectors, averaged to fewer or repeated: (B, M, D) -> (B, tokens, D)."""
+    """A square grid of vectors at another resolution, (B, M, D) -> (B, tokens, D): the nearest for
+    more of them, averages for fewer."""
+    resize = F.interpolate if tokens > grid.shape[1] else F.adaptive_avg_pool2d
     grid = rearrange(grid, "b (r c) d -> b d r c", r=math.isqrt(grid.shape[1]))
-    return rearrange(F.adaptive_avg_pool2d(grid, math.isqrt(tokens)), "b d r c -> b (r c) d")
+    return rearrange(resize(grid, math.isqrt(tokens)), "b d r c -> b (r c) d")
 
 
 # --------------------------------------------------------------------------------- flow matching
@@ -399,8 +401,9 @@ def flow_loss(dit: nn.Module, x: Tensor, noise: Tensor, t: Tensor, cond: Tensor)
     """Flow matching (paper, section 3.2): the mean of |velocity(x_t) - (x - noise)|^2.
 
     x_t = (1 - t) noise + t x: data and noise (B, N, C), t (B,), cond (P, M, L) -> losses (B,).
-    A net that recalls gets, for every second prompt, the guess of a first call without one. At
-    t = 0 with no noise the loss is a regression's, the squared error of what the net makes of cond.
+    A net that recalls gets, for every second prompt, the guess of a first call without one. For
+    one that does not, t = 0 and no noise make it a regression: the squared error of what the net
+    makes of cond.
     """
     at = t[:, None, None]
     x_t, guess = torch.lerp(noise, x, at), None
@@ -795,9 +798,10 @@ class BLIP3o(nn.Module):
 
     def imagine(self, ids: Tensor, noise: Tensor, **flow) -> Tensor:
         """Prompts that end in the queries (B, T), noise (B, N, C) -> what the head makes (B, N, C):
-        vectors, or latents if those are its target. A regression is one step from no noise."""
+        vectors, or latents if those are its target. A regression is one step from no noise and has
+        no guidance, since what is wanted is what the head has learned."""
         if self.objective == "mse":
-            noise, flow = 0 * noise, flow | {"steps": 1}
+            noise, flow = 0 * noise, flow | {"steps": 1, "guidance": 1.0}
         return sample_flow(self.head, noise, self.backbone.query_states(ids), **flow)
 
     def paint(self, vectors: Tensor, noise: Tensor, **flow) -> Tensor:

@@ -228,7 +228,8 @@ def evaluate_understanding(studio: Studio, dataset, limit: int = 500) -> dict:
 
 
 def evaluate_photos(studio: Studio, dataset, run: Path, seed: int, limit: int = 500) -> dict:
-    """Do vectors made from validation captions look like their class, and pictures like pictures?
+    """Do vectors made from validation captions (with --target vae: seen in the pictures that were
+    drawn) look like their class, and pictures like pictures?
 
     Of at most `limit` validation rows. The class is a caption's last word, where it is one of the
     100 commonest of the first 5,000 training captions and 20 share it; captions of no class do not

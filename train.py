@@ -96,9 +96,9 @@ class Config:
     depth: int = flag(4, "blocks of the backbone")
     dit_width: int = flag(128, "width of the flow head")
     dit_depth: int = flag(5, "blocks of the flow head")
-    dit_patch: int = flag(2, "neighbouring vectors per token of the flow head, a side")
+    dit_patch: int = flag(2, "neighbours on the grid per token of the flow head, a side")
     predicts: str = flag("x", "of the flow head: data or velocity", ("x", "v"))
-    recalls: bool = flag(True, "the flow head reads its own last guess (self-conditioning)")
+    recalls: bool = flag(True, "the flow reads its own last guess (self-conditioning)")
     decoder_width: int = flag(128, "width of the decoder")
     decoder_depth: int = flag(4, "blocks of the decoder")
     decoder_patch: int = flag(2, "neighbouring latents per token of the decoder, a side")
@@ -321,13 +321,14 @@ class Run:
         D.require(len(self.data.train_ids), f"--data {config.data}: one picture, expected two")
         self.device, self.dtype, compile = resolve_machine(config)
         start, facts = load_weights(Path(config.init)) if config.init else ({}, {})
-        texts = flat_texts(map(self.data.texts, self.data.train_ids[:5000]))
+        entries = map(self.data.texts, self.data.train_ids[:5000])
+        texts = (x for e in entries for x in (e["caption"], e["clean"] or "", *chain(*e["qa"])))
         self.tokenizer = M.Tokenizer(facts["words"]) if start else M.Tokenizer.fit(texts)
         words, side = self.tokenizer.words, self.data.images.shape[1]
         grid, latents, patch = math.isqrt(config.tokens), side // M.VAE.factor, config.decoder_patch
-        unit = grid * M.VAE.factor  # px, of a vector's place in whole latents
+        unit = math.lcm(grid, M.VAE.factor * config.dit_patch)
         message = f"pictures of {side} px: expected whole {unit}s on a side"
-        D.require(side % unit == 0, f"--tokens {config.tokens}, {message}")
+        D.require(side % unit == 0 and grid <= latents, f"--tokens {config.tokens}, {message}")
         # no coarser than the grid of vectors, of which the decoder would read some only
         patches = [n for n in range(1, latents // grid + 1) if latents % n == 0]
         message = f"--decoder_patch {patch}: expected one of {patches} for {config.tokens} vectors"
@@ -480,10 +481,6 @@ def extra_loss(c: Config, parts: dict[str, Tensor]) -> Tensor:
 def draw_noise(rngs: list[np.random.Generator], shape: tuple) -> Tensor:
     """Each row's noise from its own generator: (B, *shape)."""
     return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
-
-
-def flat_texts(entries):
-    return (text for e in entries for text in (e["caption"], e["clean"] or "", *chain(*e["qa"])))
 
 
 def dialogue(entry: dict, rng) -> list[tuple[str, str | None]]:
@@ -820,7 +817,8 @@ def check_same(path: Path, found: dict, wanted: dict) -> None:
     fix = dict(config="other --out?", data="other set?", built_on="delete it and the later stages")
     for part in filter(wanted.get, fix):
         for key, new in wanted[part].items():
-            old = found.get(part, wanted[part]).get(key)  # older ones do not say what they build on
+            # older ones do not say what they build on, and lack newer settings
+            old = found.get(part, wanted[part]).get(key, getattr(Config, key, None))
             message = f"{path} was made with {key} {old!s:.80}, not {new!s:.80}: {fix[part]}"
             D.require(old == new or key in HARMLESS, message)
     D.require(found["version"] == VERSION, f"{path} has version {found['version']}, not {VERSION}")
