@@ -194,7 +194,8 @@ def parse_config(arguments: list[str]) -> Config:
         kind = {"type": f.type, "choices": f.metadata["choices"] or None}
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
         parser.add_argument(f"--{f.name}", help=text, **kind)
-    given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
+    # argparse makes [] of --data=--
+    given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v not in (None, [])}
     meta = Path(given.get("data", Config.data)) / "meta.json"
     try:
         photos = meta.is_file() and D.read_json(meta)["settings"]["kind"] == "photos"
