@@ -104,7 +104,7 @@ def test_help_lists_every_setting(capsys):
         (["--dit_patch", "3"], "--dit_patch"),
         (["--accumulate", "3"], "--understand_batch"),
         (["--data", "/nowhere"], "/nowhere"),
-        (["--data=--"], "data/shapes"),  # taken as not given
+        (["--data=--", "--depth", "0"], "--depth"),  # a value that argparse loses
     ],
 )
 def test_impossible_settings_are_named(capsys, tmp_path, flags, named):
