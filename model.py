@@ -375,8 +375,8 @@ def timestep_features(t: Tensor) -> Tensor:
 def resize_grid(grid: Tensor, tokens: int) -> Tensor:
     """A square grid at another resolution, nearest or averaged: (B, M, D) -> (B, tokens, D)."""
     resize = F.interpolate if tokens > grid.shape[1] else F.adaptive_avg_pool2d
-    grid = rearrange(grid, "b (r c) d -> b d r c", r=math.isqrt(grid.shape[1]))
-    return rearrange(resize(grid, math.isqrt(tokens)), "b d r c -> b (r c) d")
+    square = grid.mT.unflatten(2, [math.isqrt(grid.shape[1])] * 2)  # (B, D, rows, columns)
+    return resize(square, math.isqrt(tokens)).flatten(2).mT
 
 
 # --------------------------------------------------------------------------------- flow matching

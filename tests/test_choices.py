@@ -6,12 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from test_train import rows_of
 
 import data
 import model as M
 import sample
 import train
 
+OPTIONS = dict(steps=3, guidance=2.0), dict(steps=2, guidance=1.0)
 PROMPTS = ["a red circle", "two blue squares", "a triangle"]
 
 
@@ -27,14 +29,7 @@ def runs(micro_flags, tmp_path_factory):
 @pytest.fixture
 def studio(runs):
     """studio(value) -> the run of that choice, opened."""
-    options = dict(steps=3, guidance=2.0), dict(steps=2, guidance=1.0)
-    return lambda value: sample.Studio(sample.find_run(str(runs[value])), *options)
-
-
-def rows_of(ids):
-    """A whole batch of these rows of the set."""
-    rngs = np.random.default_rng(0).spawn(len(ids))
-    return train.Rows(np.arange(len(ids)), ids, rngs, len(ids), 0.5)
+    return lambda value: sample.Studio(sample.find_run(str(runs[value])), *OPTIONS)
 
 
 def opened(micro_flags, runs, value, *flags):
@@ -74,8 +69,7 @@ def test_regression_has_no_diversity(studio):
 
 def test_flow_has_diversity(micro_run, studio):
     """Of both targets of flow matching, other seeds make other vectors."""
-    options = dict(steps=3, guidance=2.0), dict(steps=2, guidance=1.0)
-    for one in (studio("vae"), sample.Studio(micro_run / "model.safetensors", *options)):
+    for one in (studio("vae"), sample.Studio(micro_run / "model.safetensors", *OPTIONS)):
         first, second = (one.imagine(["a circle"], [seed]) for seed in (1, 2))
         assert not torch.allclose(first, second, atol=1e-2)
 

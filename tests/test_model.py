@@ -366,6 +366,12 @@ def test_grids_are_repeated():
     assert torch.equal(M.resize_grid(grid, 4), grid)
 
 
+def test_what_is_no_square_grid_is_refused():
+    """A grid that is no square is named; 12 = 3 x 4 must not pass for one of 3 x 3."""
+    with pytest.raises(RuntimeError, match="12"):
+        M.resize_grid(torch.zeros(1, 12, 4), 4)
+
+
 @settings(max_examples=60, deadline=None)
 @given(side=st.integers(1, 40), target=st.integers(1, 10), channels=st.integers(1, 3))
 def test_any_grid_is_averaged(side, target, channels):
