@@ -128,10 +128,10 @@ def build_sequences(
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(E)) v: (B, H, T, E), (B, H, M, E), (B, H, M, E) -> (B, H, T, E).
 
-    mask (B, 1, T, M) is true where a query may look. CPUs get the plain formula: a compiled step in
-    bf16 takes twice as long with the fused kernel.
+    mask (B, 1, T, M) is true where a query may look. Compiled for a CPU, it is the plain formula:
+    in bf16 a step takes twice as long with the fused kernel.
     """
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" or not torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, M)
     if mask is not None:
@@ -707,9 +707,9 @@ class Unified(nn.Module):
         It is the mean over a row's tokens: rows count alike, however a batch is divided.
         """
         logits = self.head(self.states(ids, vectors)[:, :-1])  # (B, T - 1, V)
-        losses = F.cross_entropy(logits.mT.float(), ids[:, 1:], reduction="none")  # (B, T - 1)
-        learn = learn[:, 1:]
-        return (losses * learn).sum(1) / learn.sum(1).clamp_min(1)
+        learn, truth = learn[:, 1:], ids[:, 1:]
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), truth.flatten(), reduction="none")
+        return (losses.view_as(learn) * learn).sum(1) / learn.sum(1).clamp_min(1)
 
     def repeat(self, ids: Tensor, words: int = 3) -> Tensor:
         """How badly the queries, which end every row, repeat its prompt: (B, T) -> losses (B,).
