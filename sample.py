@@ -331,7 +331,7 @@ def run_tasks(
     evaluate: write scores.json beside the weights
     seed: of the noise
     count: pictures for each prompt
-    steps: of the flow head
+    steps: of the flow head; a regression takes one, without guidance
     guidance: of the flow head; 1 is off
     shift: of the flow head's steps; above 1 more of them near noise
     ode: solve the flow's equation; without, each step of the flow head draws new noise

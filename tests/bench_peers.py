@@ -65,7 +65,7 @@ HEAD, DECODER = dict(steps=30, guidance=2.0), dict(steps=4, guidance=1.5)  # of 
 REASONS = {  # for the ratios, from profiles on a CPU, where matmuls take half to two thirds
     "Lumina-Next": "matmuls nearly equal; a prompt's keys and values are made once for its draws,"
     " there for each; our cross-attention's own output and modulation make more weights",
-    "DiT/SiT": "matmuls equal; its blocks embed the time each for itself, and GELU costs more",
+    "DiT/SiT": "matmuls equal; ours norms q and k, its blocks embed the time each for itself",
     "DiT/SiT, ours with cross-attention": "ours has a sublayer more",
     "b step": "matmuls equal; ours norms q and k and masks padding, Qwen2 takes a causal kernel",
     "b generation": "fewer calls a token: k and v at once, gate and up at once, lists as cache",
