@@ -159,8 +159,8 @@ PRESETS = {
     "demo": {},
     "photos": {  # no questions and no clean prompts: less to understand, nothing to tune
         **dict(clip_steps=400, vae_steps=500, understand_steps=250, tune_steps=0, decode_steps=500),
-        **dict(generate_batch=8, draws=8, queries=64, channels=32, clip_noise=0.1),
-        "weight_decay": 0.1,
+        **dict(generate_steps=900, generate_batch=8, draws=8, queries=64, channels=32),
+        **dict(clip_noise=0.1, weight_decay=0.1),
     },
     "cc3m": {  # features of a timm tower, 768 wide, and pictures of 128 px, on a card of 8 GB
         **dict(channels=768, queries=64, width=512, depth=8, head_dim=64, draws=1, shift=3.5),
