@@ -14,7 +14,7 @@ Time runs as in the paper: t = 0 is noise, t = 1 is data.
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import timm
 import torch
@@ -75,14 +75,7 @@ class Tokenizer:
         return text.removeprefix(" ")
 
 
-def build_sequences(
-    tokenizer: Tokenizer,
-    rows: Sequence[Sequence[tuple[str, str | None]]],
-    tokens: int = 64,
-    queries: int = 64,
-    length: int | None = None,
-    cut: Counter | None = None,
-) -> tuple[Tensor, Tensor]:
+def build_sequences(tokenizer, rows, tokens=64, queries=64, length=None, cut=None):
     """The one function that lays out a sequence, for every task, in training and in inference.
 
     A row is a list of (role, text):
@@ -382,10 +375,8 @@ def resize_grid(grid: Tensor, tokens: int) -> Tensor:
 # --------------------------------------------------------------------------------- flow matching
 
 
-def velocity(
-    dit: nn.Module, x_t: Tensor, t: Tensor, cond: Tensor, guess: Tensor | None = None
-) -> Tensor:
-    """The velocity that `dit` stands for: (B, N, C), (B,), (P, M, L) -> (B, N, C).
+def velocity(dit: nn.Module, x_t: Tensor, t: Tensor, cond, guess=None) -> Tensor:
+    """The velocity that `dit` stands for: (B, N, C), (B,), cond and guess as in `DiT` -> (B, N, C).
 
     If it predicts the data x, the velocity is (x - x_t) / (1 - t); the floor of 0.05 keeps the
     loss finite at t = 1, and loss and sampler share it, so that it costs no bias.
@@ -435,16 +426,7 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
 
 @torch.no_grad()
-def sample_flow(
-    dit: nn.Module,
-    noise: Tensor,
-    cond: Tensor,
-    steps: int = 10,
-    guidance: float = 1.0,
-    shift: float = 1.0,
-    heun: bool = False,
-    fresh: Callable[[], Tensor] | None = None,
-) -> Tensor:
+def sample_flow(dit, noise, cond, steps=10, guidance=1.0, shift=1.0, heun=False, fresh=None):
     """Integrates dx/dt = velocity from t = 0 to t = 1: noise (B, N, C), cond (B, M, L) -> data.
 
     Guidance is u + s (c - u) with u under the condition zero; s = 1 is off and costs nothing. Heun

@@ -182,11 +182,8 @@ PRESETS = {
 
 def parse_config(arguments: list[str]) -> Config:
     """Flags -> Config; an unknown flag or impossible value ends with one line and exit code 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    look = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(**look, allow_abbrev=False)
     text = "defaults of the rest (default photos for a set of photos, else demo)"
     parser.add_argument("--preset", choices=PRESETS, help=text)
     for f in fields(Config):
@@ -207,24 +204,21 @@ def parse_config(arguments: list[str]) -> Config:
 # ----------------------------------------------------------------------- machine and files of a run
 
 
-def best_device() -> str:
-    return next(d for d in ("cuda", "mps", "cpu") if getattr(torch, d).is_available())
-
-
 def resolve_machine(c: Config) -> tuple[torch.device, torch.dtype | None, bool]:
     """Where and how to compute: device, autocast dtype (None is fp32), compile; printed."""
-    device = best_device() if c.device == "auto" else c.device
-    found = getattr(torch, device).is_available()
-    D.require(found, f"--device {device}: no such device here, expected cpu or auto")
+    device = D.find_device(c.device)
+    where, card = torch.device(device), (0, 0)
+    if device == "cuda":  # with its number: threads begin at card 0
+        where = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(where)
+        card = torch.cuda.get_device_capability()
     compiler = any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
     compiler &= Path(sysconfig.get_path("include"), "Python.h").is_file()
     # a CPU compiles for up to half a minute a stage: only a long run gets that back
-    pays = device == "cuda" or (device == "cpu" and c.generate_steps + c.tune_steps >= 500)
+    pays = card >= (7, 0) or (device == "cpu" and c.generate_steps + c.tune_steps >= 500)
     compile = compiler and (c.compile == "on" or (c.compile == "auto" and pays))
-    # a card below 8.0 says yes to bf16 and emulates it, as CPUs without AVX512-BF16 or AMX do; on
-    # those eager copies eat up what the products gain
-    native = device == "cuda" and torch.cuda.get_device_capability()[0] >= 8
-    native |= device == "cpu" and compile and torch.cpu._is_avx512_bf16_supported()
+    # others emulate bf16, and a card below 8.0 claims it; eager on a CPU, copies eat up the gain
+    native = card >= (8, 0) or device == "cpu" and compile and torch.cpu._is_avx512_bf16_supported()
     precision = c.precision
     if precision == "auto":
         precision = "bf16" if native else "fp16" if device == "cuda" else "fp32"
@@ -241,11 +235,9 @@ def resolve_machine(c: Config) -> tuple[torch.device, torch.dtype | None, bool]:
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
             ctypes.CDLL(None).mallopt(option, value)
     if WORLD > 1:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # the others wait while the first fills the cache
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
-    return torch.device(device), dtype, compile
+    return where, dtype, compile
 
 
 def add_over_processes(tensors: list[Tensor]) -> None:
@@ -287,8 +279,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def load_model(path: Path) -> tuple[M.BLIP3o, M.Tokenizer, Config, dict]:
-    """The model of a finished run (or of shipped weights), in float32 and frozen; settings newer
-    than it have their defaults."""
+    """A finished run's model, in float32 and frozen; settings newer than it have their defaults."""
     tensors, metadata = load_weights(path)
     unknown = metadata["config"].keys() - {f.name for f in fields(Config)}
     D.require(not unknown, f"{path} has settings {sorted(unknown)}, unknown here: train it again")
@@ -302,9 +293,9 @@ def load_model(path: Path) -> tuple[M.BLIP3o, M.Tokenizer, Config, dict]:
 
 
 # What one process takes of a step's batch in one go: each row's place in the batch, id in the set
-# and generator of its choices and noise; rows of the whole batch; and an offset in 0..1 of its
-# times, which also chooses what a step of understand learns.
-Rows = namedtuple("Rows", "places ids rngs count offset")
+# and generator of its choices; rows of the whole batch; an offset in 0..1 of its times, which also
+# chooses what a step of understand learns; and the seed of its noise.
+Rows = namedtuple("Rows", "places ids rngs count offset seed")
 
 
 class Run:
@@ -313,7 +304,7 @@ class Run:
     Each stage has a method STAGE_batch(rows) -> {name: tensor}, all that a step reads and draws,
     and STAGE_loss(**batch) -> losses (B,), parts to log, which computes and nothing else. But for
     the contrastive loss, a loss is a mean over rows, so that a batch can be divided. Batches are
-    made in threads, with numpy: torch's threads for large arrays there would slow the step's.
+    made in threads, with numpy, as torch's threads would slow the step's; a card draws noise.
     """
 
     def __init__(self, config: Config):
@@ -348,7 +339,7 @@ class Run:
             D.require(not differs, f"--init {config.init}: other sizes, {differs[:2]}")
             m.load_state_dict(start)
         # a card waits for nothing while a few steps are read ahead; a CPU has no core to spare
-        self.ahead = 0 if self.device.type == "cpu" else min(4, os.cpu_count() or 1)
+        self.ahead = min(4, os.cpu_count() or 1) if self.device.type == "cuda" else 0
         self.compile, self.reader = compile, ThreadPoolExecutor(max(1, self.ahead))
         for part in (m.backbone.trunk, m.head, m.decoder):
             part.checkpoint = config.checkpoint
@@ -369,7 +360,7 @@ class Run:
         _, number = np.unique(captions, return_inverse=True)
         same = torch.from_numpy(number[:, None] == number).float()
         batch = {"images": self.images(rows.ids), "tokens": tokens, "same": same}
-        return batch | {"noise": draw_noise(rows.rngs, (self.config.tokens, self.config.channels))}
+        return batch | {"noise": self.noise(rows, (self.config.tokens, self.config.channels))}
 
     def clip_loss(self, images, **batch):
         parts = self.model.clip(M.to_pixels(images), batch["tokens"], batch["same"], batch["noise"])
@@ -377,7 +368,7 @@ class Run:
 
     def vae_batch(self, rows):
         side = self.data.images.shape[1] // M.VAE.factor
-        return {"images": self.images(rows.ids), "noise": draw_noise(rows.rngs, (4, side, side))}
+        return {"images": self.images(rows.ids), "noise": self.noise(rows, (4, side, side))}
 
     def vae_loss(self, images, noise):
         parts = self.model.vae(M.to_pixels(images), noise)
@@ -407,7 +398,7 @@ class Run:
     def generate_batch(self, rows, broad_share: float = 1.0):
         tokens, clean = self.prompts(rows, broad_share)
         # the draws of a clean prompt come from different pictures of it: they share one pass
-        twins = [self.twins.get(exact, ()) for exact in clean]
+        twins = [self.twins.get(exact, ()) if exact else () for exact in clean]
         pools = [pool if i in pool else [i] for i, pool in zip(rows.ids, twins)]
         draws = self.config.draws
         ids = np.concatenate([rng.choice(pool, draws) for rng, pool in zip(rows.rngs, pools)])
@@ -431,9 +422,10 @@ class Run:
     tune_loss = generate_loss
 
     def decode_batch(self, rows):
-        vectors = self.cached("features", rows.ids)
+        vectors = self.cached("features", rows.ids).to(self.device)
         strength = torch.tensor([rng.random() * self.config.decoder_noise for rng in rows.rngs])
-        vectors += strength.view(-1, 1, 1) * draw_noise(rows.rngs, vectors.shape[1:])
+        strength = strength.to(self.device).view(-1, 1, 1)
+        vectors = vectors + strength * self.noise(rows, vectors.shape[1:], stream=1)
         return {"vectors": vectors, **self.flow_batch(rows, self.cached("latents", rows.ids))}
 
     def decode_loss(self, vectors, kept, **flow):
@@ -444,9 +436,16 @@ class Run:
         """What flow matching draws for data x (b K, N, C); kept is 0 where a condition is dropped,
         else 1: (b, 1, 1)."""
         kept = torch.tensor([rng.random() >= self.config.drop for rng in rows.rngs])
-        noise = draw_noise(rows.rngs, (draws, *x.shape[1:])).flatten(0, 1)
+        noise = self.noise(rows, x.shape[1:], draws)
         t = M.spread_times(torch.from_numpy(rows.places), rows.count, draws, rows.offset)
         return {"x": x, "noise": noise, "t": M.shift_time(t, shift), "kept": kept.view(-1, 1, 1)}
+
+    def noise(self, rows, shape: tuple, draws: int = 1, stream: int = 0) -> Tensor:
+        """Of the whole batch's noise, drawn by the device, what is these rows': (b K, *shape)."""
+        generator = torch.Generator(self.device).manual_seed(rows.seed + stream)
+        size, first = (draws * rows.count, *shape), draws * rows.places[0]
+        noise = torch.randn(size, generator=generator, device=self.device)
+        return noise[first : first + draws * len(rows.places)].clone()  # a view would keep it all
 
     @cached_property
     def twins(self) -> dict[str, np.ndarray]:
@@ -477,11 +476,6 @@ class Run:
 def extra_loss(c: Config, parts: dict[str, Tensor]) -> Tensor:
     """What the tiny CLIP's loss has beside the contrastive one: (B,)."""
     return c.pixel_weight * parts["pixels"] + c.edge_weight * parts["edges"]
-
-
-def draw_noise(rngs: list[np.random.Generator], shape: tuple) -> Tensor:
-    """Each row's noise from its own generator: (B, *shape)."""
-    return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
 
 
 def dialogue(entry: dict, rng) -> list[tuple[str, str | None]]:
@@ -537,18 +531,19 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            shapes = defaultdict(list)  # matrices of one shape are orthogonalised together
-            for p in (p for p in group["params"] if p.grad is not None):
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                grad = torch.where(self.found_inf == 0, p.grad, momentum)
-                momentum.lerp_(grad, 1 - group["momentum"])
-                shapes[p.shape].append((p, grad.lerp(momentum, group["momentum"])))  # Nesterov's
-            for shape, pairs in shapes.items():
-                updates = orthogonalise(torch.stack([update for _, update in pairs]), self.dtype)
-                rate = group["lr"] * (1 - self.found_inf)
-                updates *= rate * 0.2 * math.sqrt(max(shape))
-                for (p, _), update in zip(pairs, updates):
-                    p.mul_(1 - rate * group["weight_decay"]).sub_(update)
+            rate, shapes = group["lr"] * (1 - self.found_inf), defaultdict(list)
+            for p in group["params"]:
+                shapes[p.shape].append(p)
+            for shape, matrices in shapes.items():  # those of one shape together: few kernels
+                grad, state = torch.stack([p.grad for p in matrices]), self.state[matrices[0]]
+                if not state:
+                    state["momentum"] = torch.zeros_like(grad)
+                grad = torch.where(self.found_inf == 0, grad, state["momentum"])
+                momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
+                nesterov = grad.lerp_(momentum, group["momentum"])
+                update = orthogonalise(nesterov, self.dtype) * (rate * 0.2 * math.sqrt(max(shape)))
+                torch._foreach_mul_(matrices, 1 - rate * group["weight_decay"])
+                torch._foreach_sub_(matrices, update.unbind())
 
 
 def orthogonalise(matrices: Tensor, dtype=torch.float32, steps: int = 5) -> Tensor:
@@ -601,8 +596,7 @@ class Trainer:
         self.step, self.rows, self.seconds = 0, [], 0.0
         # steps that changed nothing because their gradients were not finite: all, the last ones
         self.skipped = self.in_row = torch.zeros((), device=run.device)
-        # fp16 starts with a scale that is too large and halves it at each overflow
-        self.patience = 5 + 16 * self.scaler.is_enabled()
+        self.patience = 5 + 16 * self.scaler.is_enabled()  # fp16 halves too large a scale first
 
     def compile(self) -> None:
         """One graph of the whole loss; on a CPU, where that takes minutes, one of each kind of
@@ -627,11 +621,11 @@ class Trainer:
         count, norm = int(self.in_row), nn.utils.get_total_norm(self.trained.values())
         if count >= self.patience or not norm.isfinite():
             first, rate = self.step - max(count, 1), self.optimizers[0].param_groups[0]["lr"]
-            raise ValueError(
+            what = (
                 f"stage {self.stage}: loss, gradient or weights not finite since step {first + 1}"
-                f" (rate {rate:.1e}, rows {self.draw(first)[1].tolist()}); the last checkpoint is"
-                " as it was, a lower rate may help"
             )
+            rows = self.draw(first)[1].tolist()
+            raise ValueError(f"{what} (rate {rate:.1e}, rows {rows}); a lower rate may help")
 
     def save(self) -> None:
         """The newest checkpoint, whole or not at all; the one before is kept."""
@@ -663,7 +657,8 @@ class Trainer:
             self.run.model.load_state_dict(state["trained"], strict=False)
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
-            return self.scaler.load_state_dict(state["scaler"])
+            # without a state where the stage began in another precision
+            return self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())
 
     def draw(self, step: int, pool=None) -> tuple[np.random.Generator, np.ndarray]:
         """Samples of a step, and the state of its choices: of (seed, stage, step) alone."""
@@ -675,14 +670,14 @@ class Trainer:
         """This process's parts of a step, or the `whole` in one; each row is a function of (seed,
         stage, step, its place), so that all ways to divide a batch are the same to rounding."""
         rng, ids = self.draw(step, pool)
-        rngs, made = rng.spawn(self.batch), []
+        rngs, seed, made = rng.spawn(self.batch), int(rng.integers(2**62)), []
         offset = rng.random() if offset is None else offset
         parts = np.split(np.arange(self.batch), 1 if whole else self.parts * self.world)
         for places in parts if whole else parts[self.rank :: self.world]:
             chosen = [rngs[i] for i in places]
-            batch = self.batch_of(Rows(places, ids[places], chosen, self.batch, offset))
-            pin = self.run.device.type == "cuda"
-            made.append({k: v.pin_memory() if pin else v for k, v in batch.items()})
+            batch = self.batch_of(Rows(places, ids[places], chosen, self.batch, offset, seed))
+            pin = self.run.device.type == "cuda"  # but for noise, which is there already
+            made.append({k: v.pin_memory() if pin > v.is_cuda else v for k, v in batch.items()})
         return made
 
     def next_batches(self) -> list[dict[str, Tensor]]:
@@ -695,7 +690,8 @@ class Trainer:
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss and means of its parts, in the precision of the run."""
         device, dtype = self.run.device, self.run.dtype
-        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        pinned = device.type == "cuda"  # from other memory MPS may copy what is no longer there
+        batch = {name: value.to(device, non_blocking=pinned) for name, value in batch.items()}
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             losses, parts = self.loss_of(**batch)
         return losses.mean(), {name: value.detach().mean() for name, value in parts.items()}
@@ -729,7 +725,8 @@ class Trainer:
                 group["lr"] = rate
             # not scaler.step, which would judge each optimiser by its own gradients
             optimizer.found_inf = bad
-            optimizer.step()
+            if self.run.device.type != "mps" or not bad:  # where AdamW does not heed it
+                optimizer.step()
             optimizer.zero_grad()
         self.scaler.update()
         decay = min(c.ema, (1 + self.step) / (10 + self.step))
@@ -778,11 +775,9 @@ def train_stage(run: Run, stage: str) -> None:
                 for name in [name for name in row if name.startswith("rows_")]:
                     row[name.removeprefix("rows_")] /= row.pop(name) or 1
                 trainer.rows.append(row)
-                bar.set_postfix_str(
-                    f"loss {row['loss']:.3f} rate {row['rate']:.1e} norm {row['norm']:.2f}"
-                    f" {bar.format_dict['rate'] or 0:.2f} x {trainer.batch} images/s"
-                    f"{' SKIPPED %d' % row['skipped'] if row['skipped'] else ''}"
-                )
+                told = f"loss {row['loss']:.3f} rate {row['rate']:.1e} norm {row['norm']:.2f}"
+                told += f" {bar.format_dict['rate'] or 0:.2f} x {trainer.batch} images/s"
+                bar.set_postfix_str(told + f" SKIPPED {row['skipped']:.0f}" * bool(row["skipped"]))
             bar.update()
             trainer.seconds = time.perf_counter() - begun
             if RANK == 0 and (trainer.step % c.strip_every == 0 or last):
@@ -818,8 +813,7 @@ def check_same(path: Path, found: dict, wanted: dict) -> None:
     fix = dict(config="other --out?", data="other set?", built_on="delete it and the later stages")
     for part in filter(wanted.get, fix):
         for key, new in wanted[part].items():
-            # older ones do not say what they build on, and lack newer settings
-            old = found.get(part, wanted[part]).get(key, getattr(Config, key, None))
+            old = found.get(part, wanted[part]).get(key, getattr(Config, key, None))  # if older
             message = f"{path} was made with {key} {old!s:.80}, not {new!s:.80}: {fix[part]}"
             D.require(old == new or key in HARMLESS, message)
     D.require(found["version"] == VERSION, f"{path} has version {found['version']}, not {VERSION}")
@@ -908,9 +902,8 @@ def train_run(config: Config) -> None:
         check_same(part, metadata, run.metadata)
         run.model.load_state_dict(tensors, strict=False)
         seconds[stage], sums[stage] = round(metadata["seconds"], 1), zlib.crc32(save(tensors))
-        if RANK == 0:
-            for file in run.out.glob(f"{stage}.partial*"):  # here, for a kill before it
-                file.unlink()
+        for file in run.out.glob(f"{stage}.partial*") if RANK == 0 else ():
+            file.unlink()  # here, for a kill before it
     if RANK == 0:
         run.metadata["built_on"] = sums
         if not path.exists():

@@ -59,7 +59,7 @@ def start(copy, micro_flags):
 def rows_of(ids):
     """A whole batch of these rows of the set."""
     rngs = np.random.default_rng(0).spawn(len(ids))
-    return train.Rows(np.arange(len(ids)), ids, rngs, len(ids), 0.5)
+    return train.Rows(np.arange(len(ids)), ids, rngs, len(ids), 0.5, 0)
 
 
 def refused(capsys, arguments):
@@ -158,14 +158,17 @@ def test_precision_is_native(monkeypatch, capsys, device, capability, bf16, dtyp
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(train.Path, "is_file", lambda path: True)  # Python.h
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("LOCAL_RANK", "3")  # of torchrun: which card
+    where = torch.device("cuda:3" if device == "cuda" else device)
     for steps in (20, 1000):  # a CPU compiles for a long run only
         machine = train.resolve_machine(train.Config(generate_steps=steps, tune_steps=0))
         compiled = device == "cuda" or (device == "cpu" and steps == 1000)
         wanted = None if device == "cpu" and not compiled else dtype
-        assert machine == (torch.device(device), wanted, compiled)
+        assert machine == (where, wanted, compiled)
     assert f"device {device}, precision" in capsys.readouterr().out
     asked = train.resolve_machine(train.Config(precision="fp32", compile="off"))
-    assert asked == (torch.device(device), None, False)
+    assert asked == (where, None, False)
 
 
 @pytest.mark.parametrize("missing", ["compiler", "headers"])
@@ -326,6 +329,16 @@ def test_batches_and_noise_depend_on_seed_stage_step(start):
     for key in [("vae", 0, 3), ("vae", 0, 3), ("vae", 0, 4), ("decode", 0, 3), ("vae", 1, 3)]:
         seen.append(drawn(*key))
     assert seen[0] == seen[1] and len(set(seen)) == 4
+
+
+def test_noise_of_parts_is_that_of_the_whole(start):
+    """Each row keeps its noise however a batch is divided; each stream has its own."""
+    run, rows = start("generate").run, rows_of(np.arange(6))
+    parts = [rows._replace(places=rows.places[i : i + 2]) for i in (0, 2, 4)]
+    whole = run.noise(rows, (5, 7), draws=3)
+    assert whole.shape == (18, 5, 7)
+    assert torch.equal(torch.cat([run.noise(part, (5, 7), draws=3) for part in parts]), whole)
+    assert not torch.isclose(run.noise(rows, (5, 7), draws=3, stream=1), whole).any()
 
 
 @pytest.mark.parametrize("stage, repeats", [kind for kind in KINDS if kind[0] != "clip"])
