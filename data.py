@@ -43,6 +43,13 @@ def require(condition, message):
         raise ValueError(message)
 
 
+def find_device(name="auto"):
+    """The kind of device of that name; ValueError if there is none here."""
+    here = [d for d in ("cuda", "mps", "cpu") if getattr(torch, d).is_available()]
+    require(name in ("auto", *here), f"--device {name}: expected auto or {' or '.join(here)}")
+    return here[0] if name == "auto" else name
+
+
 # ------------------------------------------------------------------------------------ the world
 
 SIDE = 64  # px
@@ -425,7 +432,7 @@ class Tower(torch.nn.Module):
 
     def __init__(self, model, tokens):
         super().__init__()
-        self.model, self.tokens = model, tokens
+        self.model, self.tokens, self.prefix = model, tokens, model.num_prefix_tokens
         self.normal = {key: list(model.pretrained_cfg[key]) for key in ("mean", "std")}
         self.eval().requires_grad_(False)
 
@@ -434,9 +441,9 @@ class Tower(torch.nn.Module):
         return super().train(False)
 
     def forward(self, images):
-        """(B, 3, side, side) -> (B, tokens, C), after the model's last norm."""
+        """(B, 3, side, side) -> (B, tokens, C), after the model's last norm, if it has one."""
         tokens = self.model.forward_features(v2.functional.normalize(images, **self.normal))
-        return resize_grid(tokens[:, self.model.num_prefix_tokens :], self.tokens)
+        return resize_grid(tokens[:, self.prefix :], self.tokens)
 
 
 def open_tower(name, tokens=64, weights=None):
@@ -457,13 +464,22 @@ def open_tower(name, tokens=64, weights=None):
     side = eight * max(1, round(224 / eight))
     file = weights and {"file": str(weights)}
     options = {"num_classes": 0, "img_size": side, "pretrained_cfg_overlay": file}
+
+    def create(pretrained):
+        torch.manual_seed(0)
+        return timm.create_model(name, pretrained=pretrained, **options)
+
     try:
-        model = timm.create_model(name, pretrained=weights != "untrained", **options)
+        model = create(weights != "untrained")
+        if weights != "untrained":  # timm takes what fits of any file, and leaves the rest random
+            first = dict(create(False).named_parameters())
+            left = [n for n, p in model.named_parameters() if p.ndim > 1 and p.equal(first[n])]
+            require(not left, f"no weights there for {', '.join(left)}")
+        tower = Tower(model, tokens)
     except Exception as error:  # the hub, safetensors and timm each have their own kinds
         source = weights or "timm's hub (go online, or give a file of its weights by --weights)"
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"cannot open tower {name} from {source}: {reason:.200}") from error
-    tower = Tower(model, tokens)
     return tower, tower.normal | {"side": side}
 
 
@@ -484,6 +500,8 @@ def expand_sources(sources):
     for path in paths:
         known = os.path.isfile(path) and path.endswith((".tar", ".tar.gz", ".tgz", ".tsv"))
         require(known or os.path.isdir(path), f"{path} is no .tar shard, .tsv table or folder")
+        shards = glob.glob(f"{glob.escape(path)}/*.tar")
+        require(not shards, f"{path} is a folder of shards: give '{path}/*.tar'")
     return list(dict.fromkeys(paths))
 
 
@@ -728,13 +746,17 @@ def write_set(out, settings, sources, read):
     if (out / "meta.json").is_file():
         state = read_json(out / "meta.json")
         old = state["settings"]
-        require(old == settings, f"{out} was prepared with other settings, {old}: delete it first")
+        other = {k: old.get(k) for k in old | settings if old.get(k) != settings.get(k)}
+        require(
+            not other, f"{out} was prepared with other settings, {other!s:.200}: delete it first"
+        )
     if "version" in state:
         return PreparedSet(out)
     arrays, dropped = Counter(state["arrays"]), Counter(state["dropped"])
     begun, old = time.perf_counter(), state["count"]
     with tqdm(initial=old, unit="image", desc=settings["kind"]) as bar:
         for source in sources[state["units"] :]:
+            bar.set_postfix_str(f"part {state['units'] + 1} of {len(sources)}")
             for texts, rows in read(source, dropped):
                 lines = [json.dumps(text, ensure_ascii=False).encode() for text in texts]
                 ends = arrays["text"] + np.cumsum([len(line) for line in lines])
@@ -843,7 +865,7 @@ def prepare_photos(
     tower=None,
     tokens=64,
     weights=None,
-    device="cpu",
+    device="auto",
     int8=False,
     workers=8,
 ):
@@ -855,7 +877,7 @@ def prepare_photos(
     tower: timm tower whose features are stored too, e.g. vit_base_patch16_clip_224.laion2b
     tokens: vectors of the tower for an image
     weights: file of the tower's weights, or untrained; timm's hub without
-    device: of the tower
+    device: of the tower: auto, cpu, cuda or mps
     int8: store the features as int8 with scales, in 53 % of the bytes of float16
     workers: threads that open pictures
     """
@@ -864,9 +886,9 @@ def prepare_photos(
     settings = {"kind": "photos", "sources": names, "size": size, "tower": tower, "tokens": tokens}
     settings |= {"weights": weights and str(weights), "int8": int8}
     settings["weights_of"] = fingerprint(weights) if os.path.isfile(weights or "") else None
+    require(tower or not (weights or int8), "--weights, --int8: they are of a --tower, give one")
     if tower:
-        usable = device in ("cpu", "cuda", "mps") and getattr(torch, device).is_available()
-        require(usable, f"--device {device}: no such device here")
+        device = find_device(device)
         model, facts = open_tower(tower, tokens, weights)
         model.to(device)
         settings |= facts

@@ -14,6 +14,7 @@ import platform
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from tqdm import tqdm
 import data
 import model as M
 from data import require
-from train import DESCRIBE, best_device, check_same, extra_loss, load_model
+from train import DESCRIBE, check_same, extra_loss, load_model
 
 BATCH = 128  # rows at once: bounds the memory, changes no picture
 LIMITS = {"count": (1, 1000), "steps": (1, 1000), "guidance": (0, 100), "seed": (0, 2**32 - 1)}
@@ -63,13 +64,15 @@ class Studio:
     def __init__(self, path: Path, flow: dict, paint: dict, ode: bool = False):
         """flow, paint: how `sample_flow` runs head and decoder; ode: the head without new noise."""
         self.net, self.tokenizer, self.config, self.facts = load_model(path)
-        self.device = torch.device(best_device())
+        self.device = torch.device(data.find_device())
         self.net.to(self.device)
         self.cut = None  # a Counter: texts that are too long are cut and counted, not refused
         self.flow, self.paint_options, self.ode = flow, paint, ode
-        if self.net.clip is None:
-            name, weights = (self.facts["data"][key] for key in ("tower", "weights"))
-            self.tower = data.open_tower(name, self.config.tokens, weights)[0].to(self.device)
+
+    @cached_property
+    def tower(self) -> data.Tower:  # opened where a picture is read: drawing needs none
+        name, weights = (self.facts["data"][key] for key in ("tower", "weights"))
+        return data.open_tower(name, self.config.tokens, weights)[0].to(self.device)
 
     def sequences(self, rows: list) -> Tensor:
         """Ids (B, T); ValueError if a text is too long, unless `cut` counts what is dropped."""
@@ -239,13 +242,14 @@ def evaluate_photos(studio: Studio, dataset, run: Path, seed: int, limit: int = 
     features = data.open_array(run.parent / "features.npy")
     val = np.unique(dataset.val_ids[np.linspace(0, len(dataset.val_ids) - 1, limit).astype(int)])
     train = dataset.train_ids[:5000]
-    known, truth = (torch.from_numpy(features[ids]).float().flatten(1) for ids in (train, val))
+    known, truth = (torch.from_numpy(features[ids]).float() for ids in (train, val))
     captions = [dataset.texts(i)["caption"] for i in val]
     words = np.array([dataset.texts(i)["caption"].split()[-1] for i in train])
     classes = [word for word, n in Counter(words.tolist()).most_common(100) if n >= 20]
     images, seeds = dataset.images[val], [seed * 1_000_000 + i for i in range(len(val))]
+    scores = {"psnr_reconstruction": psnr(images, studio.paint(truth.to(studio.device), seeds))}
+    known, truth = known.flatten(1), truth.flatten(1)
     nearest = dataset.images[train[torch.cdist(truth, known).argmin(1).numpy()]]
-    scores = {"psnr_reconstruction": psnr(images, studio.paint(studio.see(images), seeds))}
     scores |= {"psnr_nearest_neighbour": psnr(images, nearest)}
     rows = [n for n, caption in enumerate(captions) if caption.split()[-1] in classes]
     if not rows:  # captions of free text, or few of them
@@ -283,7 +287,6 @@ def evaluate_run(studio: Studio, path: Path, seed: int, count: int) -> None:
     """Writes scores.json beside the weights."""
     begun, dataset = time.perf_counter(), data.PreparedSet(studio.config.data)
     check_same(path, studio.facts, {"data": dataset.meta["settings"]})
-    torch.manual_seed(seed)
     studio.cut = Counter()  # the set's own texts may be long, as in training
     scores = evaluate_clip(studio, dataset) if studio.net.clip is not None else {}
     scores |= evaluate_understanding(studio, dataset)

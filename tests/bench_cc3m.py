@@ -87,7 +87,7 @@ def measure(stage: str, folder: Path, device: str, steps: int, more: list[str]) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default=train.best_device(), help="cpu, cuda or mps")
+    parser.add_argument("--device", default=data.find_device(), help="cpu, cuda or mps")
     parser.add_argument("--steps", type=int, default=5, help="steps timed, after one")
     parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
     parser.add_argument("--folder", type=Path, help="of a set made before: one stage, here")

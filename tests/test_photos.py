@@ -327,6 +327,17 @@ def test_a_source_that_is_none_is_named(tmp_path):
         assert str(source) in str(error.value)
 
 
+def test_a_folder_of_shards_is_sent_to_its_shards(tmp_path):
+    """What img2dataset leaves, tars with tables and statistics beside them, is no folder of
+    photos; the message has what to give instead."""
+    shard(tmp_path / "00000.tar", 0, 4)
+    (tmp_path / "00000.parquet").write_bytes(b"PAR1")
+    (tmp_path / "00000_stats.json").write_text("{}")
+    with pytest.raises(ValueError, match=re.escape(f"give '{tmp_path}/*.tar'")):
+        read(tmp_path)
+    assert len(read(tmp_path / "*.tar")[0]) == 4
+
+
 def test_nothing_is_unpacked(tmp_path, monkeypatch):
     """Member names are data: reading and preparing writes the set and nothing else."""
     for name in ("extract", "extractall"):
@@ -449,21 +460,17 @@ def test_other_settings_are_refused(tmp_path, monkeypatch):
     path = shard(tmp_path / "0.tar", 0, 4)
     data.prepare_photos(path, tmp_path / "p", size=16)
     before = contents(tmp_path / "s") | contents(tmp_path / "p")
-    tries = [
-        partial(data.prepare_shapes, tmp_path / "s", count, seed)
-        for count, seed in ((20, 2), (21, 1))
-    ]
-    tries += [partial(data.prepare_photos, path, tmp_path / "p", size) for size in (32, 64)]
-    tries += [
-        partial(
-            data.prepare_photos, path, tmp_path / "p", 16, "vit_tiny_patch16_224", 64, "untrained"
-        )
-    ]
-    tries += [partial(data.prepare_photos, path, tmp_path / "s")]
-    for attempt in tries:
-        with pytest.raises(
-            ValueError, match="was prepared with other settings.*(seed|size).*delete"
-        ):
+    shapes, photos = data.prepare_shapes, data.prepare_photos
+    tower = ("vit_tiny_patch16_224", 64, "untrained")
+    tries = {  # only what differs is named, as it is in the set
+        "'seed': 1}": partial(shapes, tmp_path / "s", 20, 2),
+        "'count': 20}": partial(shapes, tmp_path / "s", 21, 1),
+        "'size': 16}": partial(photos, path, tmp_path / "p", 32),
+        "'tower': None, ": partial(photos, path, tmp_path / "p", 16, *tower),
+        "'kind': 'shapes', ": partial(photos, path, tmp_path / "s"),
+    }
+    for held, attempt in tries.items():
+        with pytest.raises(ValueError, match=f"was prepared with other settings, {{{held}.*delete"):
             attempt()
     shard(path, 0, 40)  # the same name, other contents
     with pytest.raises(ValueError, match="0.tar"):
@@ -566,6 +573,9 @@ def test_a_prepared_set_is_what_was_drawn(tmp_path):
         ("shapes --count many", "many"),
         ("photos . --size 2 --out OUT", "size"),
         ("photos . --tower nonsense --out OUT", "nonsense"),
+        ("photos . --weights x.safetensors --out OUT", "--tower"),
+        ("photos . --int8 --out OUT", "--tower"),
+        ("photos . --tower vit_tiny_patch16_224 --device cpux --out OUT", "cpux"),
         ("squares", "squares"),
     ],
 )
@@ -684,18 +694,55 @@ def test_an_unknown_tower_is_named(name):
         data.open_tower(name, 64, "untrained")
 
 
-def test_tower_weights_come_from_a_file(small, tmp_path):
-    """Offline a .safetensors file is read by timm's overlay; a missing or wrong one is named."""
-    name = "vit_tiny_patch16_224"
-    first, facts = data.open_tower(name, 64, "untrained")
-    save_file(first.model.state_dict(), tmp_path / "x.safetensors")
-    again, _ = data.open_tower(name, 64, tmp_path / "x.safetensors")
+def released(name, file):
+    """Weights as they are released, with a head and at the tower's own 224 px, in a file; the same
+    tower at our side, with positions that timm resized."""
+    torch.manual_seed(1)
+    model = timm.create_model(name)
+    save_file(model.state_dict(), file)
+    model.set_input_size(256)
+    return model
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_clip_224.laion2b", "vit_tiny_patch16_224"])
+def test_tower_weights_come_from_a_file(small, tmp_path, name):
+    """Offline a .safetensors file is read by timm's overlay, its head dropped and its positions
+    resized to our side; a missing or wrong one is named."""
+    wanted = released(name, tmp_path / "x.safetensors")
+    tower, facts = data.open_tower(name, 256, tmp_path / "x.safetensors")
     image = torch.rand(1, 3, facts["side"], facts["side"])
-    assert torch.equal(first(image), again(image))
+    expected = wanted.forward_features(data.v2.functional.normalize(image, **tower.normal))[:, 1:]
+    assert torch.allclose(tower(image), expected, atol=1e-4)
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
     for file in (tmp_path / "bad.safetensors", tmp_path / "none.safetensors"):
         with pytest.raises(ValueError, match=f"cannot open tower {name} from {file}"):
             data.open_tower(name, 64, file)
+
+
+FOREIGN = {  # keys of a file's weights
+    "others": ["foo.weight"],
+    "transformers": ["vision_model.encoder.layers.0.self_attn.k_proj.weight"],
+    "a part": ["patch_embed.proj.weight"],
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "vit_base_patch16_siglip_gap_224.v2_webli"]
+)
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_weights_of_another_model_are_refused(small, tmp_path, name, kind):
+    """timm would take what fits and leave the rest of the tower random."""
+    model = released(name, tmp_path / "x.safetensors")
+    held = {key: model.state_dict().get(key, torch.ones(3)) for key in FOREIGN[kind]}
+    save_file(held, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match="no weights there for .*blocks.0.attn.qkv.weight"):
+        data.open_tower(name, 64, tmp_path / "foreign.safetensors")
+
+
+def test_a_tower_without_a_grid_of_tokens_is_refused():
+    """It has patches in its name, and no sequence of them."""
+    with pytest.raises(ValueError, match="cannot open tower swin_tiny_patch4_window7_224"):
+        data.open_tower("swin_tiny_patch4_window7_224", 64, "untrained")
 
 
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -841,7 +888,7 @@ def test_other_weights_in_the_same_file_are_noticed(small, tmp_path):
     tower, _ = data.open_tower(name, 16, "untrained")
     shard(tmp_path / "0.tar", 0, 4)
     arguments = (tmp_path / "0.tar", tmp_path / "set", 16, name, 16, weights)
-    save_file(tower.model.state_dict(), weights)
+    save_file({k: v - 1 for k, v in tower.model.state_dict().items()}, weights)
     data.prepare_photos(*arguments)
     save_file({k: v + 1 for k, v in tower.model.state_dict().items()}, weights)
     with pytest.raises(ValueError, match="prepared with other settings"):
@@ -916,3 +963,8 @@ def test_a_run_on_the_features_of_a_tower(small, tmp_path):
     sample.main(["--run", f"{tmp_path}/run", "--evaluate"])
     scores = json.loads((tmp_path / "run/scores.json").read_text())
     assert scores["psnr_reconstruction"] > 0 and "clip_top1_of_100" not in scores
+    studio, _ = sample.Studio(tmp_path / "run/model.safetensors", {}, {}), small.clear()
+    studio.draw(["a photo"], [0])
+    assert not small  # a picture that is drawn needs no tower, one that is read does
+    studio.see(np.zeros((1, 16, 16, 3), np.uint8))
+    assert small

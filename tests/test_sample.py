@@ -220,12 +220,13 @@ def test_photos_are_scored_by_a_bounded_number_of_rows(studio, micro_run, monkey
     """However many validate: at most `limit` of them, from all over the set."""
     dataset = data.PreparedSet(studio.config.data)
     drawn = []
-    monkeypatch.setattr(studio, "see", lambda images: images)
-    monkeypatch.setattr(studio, "paint", lambda images, seeds: drawn.append(images) or images)
+    blank = np.zeros((7, 64, 64, 3), np.uint8)
+    monkeypatch.setattr(studio, "paint", lambda vectors, seeds: drawn.append(vectors) or blank)
     monkeypatch.setattr(dataset, "texts", lambda i: {"caption": f"word{i}"})
     sample.evaluate_photos(studio, dataset, micro_run / "model.safetensors", 0, limit=7)
     rows = np.linspace(0, len(dataset.val_ids) - 1, 7).astype(int)
-    assert len(set(rows)) == 7 and np.array_equal(drawn[0], dataset.images[dataset.val_ids[rows]])
+    cached = np.load(micro_run / "features.npy")[dataset.val_ids[rows]]
+    assert len(set(rows)) == 7 and np.array_equal(drawn[0], cached.astype(np.float32))
 
 
 def test_retrieval_is_among_different_pictures(studio, monkeypatch):
