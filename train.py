@@ -150,6 +150,7 @@ class Config:
         units |= {f"{part}width": self.head_dim for part in ("clip_", "", "dit_", "decoder_")}
         parts = self.accumulate * WORLD  # of a batch, over steps and processes
         units |= {f"{stage}_batch": parts for stage in ("vae", "understand", "generate", "decode")}
+        units["generate_batch"] *= 1 + (parts > 1 and self.recalls)  # every second row recalls
         for name, unit in units.items():
             value = getattr(self, name)
             D.require(value % unit == 0, f"--{name} {value}: expected a multiple of {unit}")
@@ -234,8 +235,7 @@ def resolve_machine(c: Config) -> tuple[torch.device, torch.dtype | None, bool]:
         # keep freed memory: glibc hands large blocks back, and each step pays page faults for them
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
             ctypes.CDLL(None).mallopt(option, value)
-    if WORLD > 1:
-        # the others wait while the first fills the cache
+    if WORLD > 1:  # the others wait while the first fills the cache
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
     return where, dtype, compile
 
@@ -690,8 +690,8 @@ class Trainer:
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss and means of its parts, in the precision of the run."""
         device, dtype = self.run.device, self.run.dtype
-        pinned = device.type == "cuda"  # from other memory MPS may copy what is no longer there
-        batch = {name: value.to(device, non_blocking=pinned) for name, value in batch.items()}
+        # not elsewhere: from memory that is not pinned MPS may copy what is no longer there
+        batch = {k: v.to(device, non_blocking=device.type == "cuda") for k, v in batch.items()}
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             losses, parts = self.loss_of(**batch)
         return losses.mean(), {name: value.detach().mean() for name, value in parts.items()}

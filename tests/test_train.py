@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import model as M
@@ -256,6 +258,66 @@ def test_overflow_skips_the_whole_step(start):
     assert trainer.scaler.get_scale() == 256
 
 
+@pytest.mark.parametrize("stage", TRAINED)
+def test_half_precision_learns(start, stage):
+    """fp16 gains on a stage's loss at least half of what fp32 does in as many steps, some of which
+    overflow while the scale is found."""
+    gains = []
+    for precision in ("fp32", "fp16"):
+        trainer = start(stage, f"--{stage}_steps", "60", "--precision", precision)
+        assert trainer.scaler.is_enabled() == (precision == "fp16")
+
+        def held(trainer=trainer):
+            batches = [trainer.batches(2**20 + i)[0] for i in range(8)]
+            return np.mean([trainer.loss(batch)[0].item() for batch in batches])
+
+        before = held()
+        for _ in range(60):
+            trainer.update()
+        gains.append(before - held())
+        assert trainer.skipped < 20
+    assert gains[0] > 0 and gains[1] > gains[0] / 2
+
+
+@pytest.mark.parametrize("first, second", [("fp32", "fp16"), ("fp16", "fp32")])
+def test_a_stage_goes_on_in_another_precision(start, first, second):
+    """As where a run begun on one card is continued on another."""
+    trainer = start("vae", "--precision", first)
+    trainer.update()
+    trainer.save()
+    run = train.Run(replace(trainer.config, precision=second))
+    again = train.Trainer(run, "vae")
+    again.restore()
+    assert again.step == 1 and again.scaler.is_enabled() == (second == "fp16")
+    again.update()
+
+
+class Syncs(TorchDispatchMode):
+    """Counts what waits for a device: values read, and shapes that depend on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        waits = "_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique"
+        self.count += any(name in str(function) for name in waits)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_a_step_waits_for_no_value(start, stage):
+    """No step reads a number back from the device; those that are logged are read by the loop."""
+    trainer = start(stage)
+    trainer.update()
+    with Syncs() as syncs:
+        trainer.update()
+    assert syncs.count == 0
+    with Syncs() as syncs:
+        float(trainer.skipped)
+    assert syncs.count == 1
+
+
 # ---------------------------------------------------------------------------- what each stage does
 
 
@@ -345,7 +407,8 @@ def test_noise_of_parts_is_that_of_the_whole(start):
 def test_a_batch_can_be_divided(start, stage, repeats):
     """In one part, in two or in four, activations kept or not: loss and gradients are the same."""
     results = []
-    size = [f"--{stage.replace('tune', 'generate')}_batch", "8", "--repeat_share", repeats]
+    size = [f"--{stage}_batch=8"] if stage not in ("generate", "tune") else []
+    size += ["--generate_batch=8", "--repeat_share", repeats]
     for flags in (["1"], ["2"], ["4", "--checkpoint"]):
         trainer = start(stage, *size, "--accumulate", *flags)
         values = trainer.backward()
@@ -416,15 +479,18 @@ def test_blocks_compile_once(start, monkeypatch):
     assert len(graphs) == warm <= 8
 
 
+def torchrun(*command):
+    """What two processes of torchrun leave, one thread each."""
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
+    return subprocess.run([*two, *command], env=environment, capture_output=True)
+
+
 def test_two_processes_are_one(micro_flags, tmp_path):
-    """torchrun with two gives the losses and weights of one with the same batch, to rounding; the
-    second process leaves no file, and one process continues what two began."""
-    flags = [*micro_flags, "--vae_steps", "8"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *flags, "--out", str(tmp_path / "two")], env=environment, capture_output=True
-    )
+    """torchrun with two, each batch in two parts in each, gives the losses and weights of one with
+    the same batch, to rounding; the second process leaves no file."""
+    flags = [*micro_flags, "--vae_steps", "8", "--generate_batch", "8"]
+    done = torchrun("train.py", *flags, "--out", str(tmp_path / "two"), "--accumulate", "2")
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     assert done.stdout.count(b"stage vae: trains") == 1 and b"2 processes" in done.stdout
     torch.set_num_threads(1)  # as in each of the two: with others, sums round otherwise
@@ -440,6 +506,25 @@ def test_two_processes_are_one(micro_flags, tmp_path):
         rows = [list(csv.DictReader(open(tmp_path / n / f"{stage}.csv"))) for n in ("one", "two")]
         values = [[[float(x) for x in row.values()] for row in each] for each in rows]
         np.testing.assert_allclose(*values, rtol=1e-3)
+
+
+def test_one_process_continues_what_two_began(micro_run, micro_flags, tmp_path):
+    """Two processes end in the middle of a stage, behind a checkpoint; one process finishes the
+    run, with the weights of one that did it all, to rounding."""
+    broken, out = tmp_path / "broken.py", tmp_path / "run"
+    broken.write_text(
+        "import os, train\n"
+        "update = train.Trainer.update\n"
+        "def until(self):\n"
+        "    return os._exit(3) if (self.stage, self.step) == ('vae', 5) else update(self)\n"
+        "train.Trainer.update = until\n"
+        "train.main()\n"
+    )
+    assert torchrun(str(broken), *micro_flags, "--out", str(out)).returncode
+    assert (out / "vae.partial").exists() and not (out / "vae.safetensors").exists()
+    train.main([*micro_flags, "--out", str(out)])
+    one, two = (load_file(folder / "model.safetensors") for folder in (micro_run, out))
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
 
 
 def test_weights_of_the_tiny_clips_losses(start):
