@@ -425,6 +425,7 @@ def judge(prompt, found, strict=True):
 # --------------------------------------------------------------------------------- image towers
 
 EXAMPLE_TOWER = "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m"
+torch.set_float32_matmul_precision("high")  # TF32 on cards: for towers, training and sampling
 
 
 class Tower(torch.nn.Module):

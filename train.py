@@ -229,7 +229,6 @@ def resolve_machine(c: Config) -> tuple[torch.device, torch.dtype | None, bool]:
         f"{'' if compiler else ' (no C++ compiler or Python.h)'}, {torch.get_num_threads()} threads"
         f"{f', {WORLD} processes' if WORLD > 1 else ''}"
     )
-    torch.set_float32_matmul_precision("high")
     torch.set_flush_denormal(True)  # early steps are several times slower without it on a CPU
     if device == "cpu" and sys.platform == "linux":
         # keep freed memory: glibc hands large blocks back, and each step pays page faults for them
