@@ -501,8 +501,6 @@ def expand_sources(sources):
     for path in paths:
         known = os.path.isfile(path) and path.endswith((".tar", ".tar.gz", ".tgz", ".tsv"))
         require(known or os.path.isdir(path), f"{path} is no .tar shard, .tsv table or folder")
-        shards = glob.glob(f"{glob.escape(path)}/*.tar")
-        require(not shards, f"{path} is a folder of shards: give '{path}/*.tar'")
     return list(dict.fromkeys(paths))
 
 
@@ -558,7 +556,8 @@ class Header(tarfile.TarInfo):
 def entries(path):
     """(key, ending, bytes, None if unreadable) of the files of a tar, a table or a folder."""
     if os.path.isdir(path):
-        yield from ((*os.path.splitext(file), read_file(file)) for file in files_of(path))
+        names = [n for n in map(os.path.splitext, files_of(path)) if n[1].lower() in KINDS]
+        yield from ((*name, read_file("".join(name))) for name in names)
     elif path.endswith(".tsv"):
         with open(path, "rb") as table:  # not csv, which merges rows that begin with a quote
             for number, line in enumerate(iter(lambda: table.readline(MAX_ROW), b"")):
@@ -778,7 +777,8 @@ def write_set(out, settings, sources, read):
     warning = "WARNING: MORE THAN HALF OF THE SAMPLES ARE LOST:" if lost > kept else ""
     reasons = f" {dict(dropped.most_common())}" if lost else ""
     print(warning, f"{kept} samples kept, {lost} dropped{reasons}; {facts}, {rate}")
-    require(kept, f"no usable sample: {dict(dropped)}; delete {out} to try again")
+    found = dict(dropped) or "no pictures; from a folder of shards 'FOLDER/*.tar' takes them"
+    require(kept, f"no usable sample: {found}; delete {out} to try again")
     write_json(out / "meta.json", state | {"version": settings["format"]})
     return PreparedSet(out)
 
@@ -887,7 +887,7 @@ def prepare_photos(
     settings = {"kind": "photos", "sources": names, "size": size, "tower": tower, "tokens": tokens}
     settings |= {"weights": weights and str(weights), "int8": int8}
     settings["weights_of"] = fingerprint(weights) if os.path.isfile(weights or "") else None
-    require(tower or not (weights or int8), "--weights, --int8: they are of a --tower, give one")
+    require(tower or not (weights or int8), "--weights and --int8 need --tower")
     if tower:
         device = find_device(device)
         model, facts = open_tower(tower, tokens, weights)

@@ -274,7 +274,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def matmul_rate(device, side: int = 2048) -> float:
-    """TFLOP/s of the best of five matmuls in float32: the machine's own rate."""
+    """TFLOP/s of the best of five matmuls in float32 (a card's TF32): the machine's own rate."""
     matrix, seconds = torch.rand(side, side, device=device), []
     for _ in range(5):
         begun = time.perf_counter()

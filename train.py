@@ -148,9 +148,9 @@ class Config:
         D.require(square, f"--tokens {self.tokens}, --dit_patch {self.dit_patch}: {message}")
         units = {"vae_width": 8, "head_dim": 4}
         units |= {f"{part}width": self.head_dim for part in ("clip_", "", "dit_", "decoder_")}
-        parts = self.accumulate * WORLD  # of a batch, over steps and processes
+        parts = self.accumulate * WORLD  # of a batch; every second row of one recalls
         units |= {f"{stage}_batch": parts for stage in ("vae", "understand", "generate", "decode")}
-        units["generate_batch"] *= 1 + (parts > 1 and self.recalls)  # every second row recalls
+        units["generate_batch"] *= 1 + (parts > 1 and self.recalls and self.objective == "flow")
         for name, unit in units.items():
             value = getattr(self, name)
             D.require(value % unit == 0, f"--{name} {value}: expected a multiple of {unit}")
@@ -210,7 +210,7 @@ def resolve_machine(c: Config) -> tuple[torch.device, torch.dtype | None, bool]:
     device = D.find_device(c.device)
     where, card = torch.device(device), (0, 0)
     if device == "cuda":  # with its number: threads begin at card 0
-        where = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)))
+        where = torch.device(device, int(os.environ["LOCAL_RANK"]) if WORLD > 1 else 0)
         torch.cuda.set_device(where)
         card = torch.cuda.get_device_capability()
     compiler = any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
@@ -282,7 +282,8 @@ def load_model(path: Path) -> tuple[M.BLIP3o, M.Tokenizer, Config, dict]:
     tensors, metadata = load_weights(path)
     unknown = metadata["config"].keys() - {f.name for f in fields(Config)}
     D.require(not unknown, f"{path} has settings {sorted(unknown)}, unknown here: train it again")
-    config, tokenizer = Config(**metadata["config"]), M.Tokenizer(metadata["words"])
+    config = Config(**metadata["config"] | {"accumulate": 1})  # which could be refused here
+    tokenizer = M.Tokenizer(metadata["words"])
     net = M.BLIP3o(config, len(tokenizer), metadata["side"], metadata["raw_channels"])
     net.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return net.eval().requires_grad_(False), tokenizer, config, metadata
@@ -303,7 +304,7 @@ class Run:
     Each stage has a method STAGE_batch(rows) -> {name: tensor}, all that a step reads and draws,
     and STAGE_loss(**batch) -> losses (B,), parts to log, which computes and nothing else. But for
     the contrastive loss, a loss is a mean over rows, so that a batch can be divided. Batches are
-    made in threads, with numpy, as torch's threads would slow the step's; a card draws noise.
+    made in threads, where torch must not start its own: a CPU's step would take half as long again.
     """
 
     def __init__(self, config: Config):
@@ -337,7 +338,7 @@ class Run:
             differs = sorted(own.items() ^ {name: x.shape for name, x in start.items()}.items())
             D.require(not differs, f"--init {config.init}: other sizes, {differs[:2]}")
             m.load_state_dict(start)
-        # a card waits for nothing while a few steps are read ahead; a CPU has no core to spare
+        # a card waits for nothing while a few steps are read ahead; elsewhere cores are the step's
         self.ahead = min(4, os.cpu_count() or 1) if self.device.type == "cuda" else 0
         self.compile, self.reader = compile, ThreadPoolExecutor(max(1, self.ahead))
         for part in (m.backbone.trunk, m.head, m.decoder):
@@ -404,7 +405,7 @@ class Run:
         x = self.cached("features" if self.config.target == "clip" else "latents", ids)
         flow = self.flow_batch(rows, x, draws, self.config.shift)
         if self.config.objective == "mse":
-            flow |= {name: torch.zeros_like(flow[name]) for name in ("noise", "t")}
+            flow |= {k: flow[k].new_zeros(()).expand_as(flow[k]) for k in ("noise", "t")}
         return {"tokens": tokens, **flow}
 
     def generate_loss(self, tokens, kept, **flow):
@@ -421,14 +422,14 @@ class Run:
     tune_loss = generate_loss
 
     def decode_batch(self, rows):
-        vectors = self.cached("features", rows.ids).to(self.device)
+        batch = self.flow_batch(rows, self.cached("latents", rows.ids))
         strength = torch.tensor([rng.random() * self.config.decoder_noise for rng in rows.rngs])
-        strength = strength.to(self.device).view(-1, 1, 1)
-        vectors = vectors + strength * self.noise(rows, vectors.shape[1:], stream=1)
-        return {"vectors": vectors, **self.flow_batch(rows, self.cached("latents", rows.ids))}
+        batch |= {"vectors": self.cached("features", rows.ids), "strength": strength.view(-1, 1, 1)}
+        return batch | {"blur": self.noise(rows, batch["vectors"].shape[1:], stream=1)}
 
-    def decode_loss(self, vectors, kept, **flow):
-        losses = M.flow_loss(self.model.decoder, cond=vectors * kept, **flow)
+    def decode_loss(self, vectors, strength, blur, kept, **flow):
+        cond = (vectors + strength * blur) * kept
+        losses = M.flow_loss(self.model.decoder, cond=cond, **flow)
         return losses, noise_levels(losses, flow["t"])
 
     def flow_batch(self, rows, x: Tensor, draws: int = 1, shift: float = 1.0) -> dict[str, Tensor]:
@@ -444,7 +445,8 @@ class Run:
         generator = torch.Generator(self.device).manual_seed(rows.seed + stream)
         size, first = (draws * rows.count, *shape), draws * rows.places[0]
         noise = torch.randn(size, generator=generator, device=self.device)
-        return noise[first : first + draws * len(rows.places)].clone()  # a view would keep it all
+        part = noise[first : first + draws * len(rows.places)]
+        return part if len(part) == len(noise) else part.clone()  # a view would keep it all
 
     @cached_property
     def twins(self) -> dict[str, np.ndarray]:
@@ -535,7 +537,7 @@ class Muon(torch.optim.Optimizer):
                 shapes[p.shape].append(p)
             for shape, matrices in shapes.items():  # those of one shape together: few kernels
                 grad, state = torch.stack([p.grad for p in matrices]), self.state[matrices[0]]
-                if not state:
+                if not state or state["momentum"].shape != grad.shape:  # as once, for each
                     state["momentum"] = torch.zeros_like(grad)
                 grad = torch.where(self.found_inf == 0, grad, state["momentum"])
                 momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
@@ -620,11 +622,9 @@ class Trainer:
         count, norm = int(self.in_row), nn.utils.get_total_norm(self.trained.values())
         if count >= self.patience or not norm.isfinite():
             first, rate = self.step - max(count, 1), self.optimizers[0].param_groups[0]["lr"]
-            what = (
-                f"stage {self.stage}: loss, gradient or weights not finite since step {first + 1}"
-            )
+            what = f"stage {self.stage}: loss, gradient or weights not finite since step"
             rows = self.draw(first)[1].tolist()
-            raise ValueError(f"{what} (rate {rate:.1e}, rows {rows}); a lower rate may help")
+            raise ValueError(f"{what} {first + 1} (rate {rate:.1e}, rows {rows}); try a lower one")
 
     def save(self) -> None:
         """The newest checkpoint, whole or not at all; the one before is kept."""
@@ -667,7 +667,7 @@ class Trainer:
 
     def batches(self, step: int, pool=None, whole=False, offset=None) -> list[dict[str, Tensor]]:
         """This process's parts of a step, or the `whole` in one; each row is a function of (seed,
-        stage, step, its place), so that all ways to divide a batch are the same to rounding."""
+        stage, step, its place): on one kind of device all divisions are the same to rounding."""
         rng, ids = self.draw(step, pool)
         rngs, seed, made = rng.spawn(self.batch), int(rng.integers(2**62)), []
         offset = rng.random() if offset is None else offset
@@ -675,7 +675,7 @@ class Trainer:
         for places in parts if whole else parts[self.rank :: self.world]:
             chosen = [rngs[i] for i in places]
             batch = self.batch_of(Rows(places, ids[places], chosen, self.batch, offset, seed))
-            pin = self.run.device.type == "cuda"  # but for noise, which is there already
+            pin = self.run.device.type == "cuda"  # all but the noise, which is there
             made.append({k: v.pin_memory() if pin > v.is_cuda else v for k, v in batch.items()})
         return made
 

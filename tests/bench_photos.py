@@ -1,15 +1,20 @@
 """How fast `data.py photos` is beside a bare image tower, what its sets weigh, and which towers.
 
     python tests/bench_photos.py 'shards/*.tar' --tower NAME --device cuda
+    python tests/bench_photos.py 'shards/*.tar' --count 160 --side 512    of 160, made 512 px large
     python tests/bench_photos.py --towers --device cuda     a Markdown table of towers
 
 The towers are untrained: neither speed nor bytes depend on the weights (int8's error does).
 """
 
 import argparse
+import io
+import itertools
 import sys
+import tarfile
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +69,24 @@ def prepared_rate(options, out, int8):
     data.pack = pack
     steady = sum(n for _, n in ends[1:]) / (ends[-1][0] - ends[0][0])
     return made, steady, len(made) / (time.perf_counter() - begun)
+
+
+def copied(sources, count, side, folder):
+    """A shard of the first `count` photos, as JPEGs of `side` px with grain where that is given:
+    they cost as much to open as real photos of that size."""
+    rng, path = np.random.default_rng(0), Path(folder) / "photos.tar"
+    with tarfile.open(path, "w") as shard:
+        for key, image, text in itertools.islice(data.read_samples(sources, Counter()), count):
+            image = image.resize((side, side)) if side else image
+            grain = rng.normal(0, 8 if side else 0, (*image.size[::-1], 3))
+            pixels, file = np.clip(image + grain, 0, 255).astype(np.uint8), io.BytesIO()
+            data.Image.fromarray(pixels).save(file, "JPEG", quality=90)
+            for name, raw in ((f"{key}.jpg", file.getvalue()), (f"{key}.txt", text.encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(raw)
+                shard.addfile(member, io.BytesIO(raw))
+    print(f"{count} photos, {path.stat().st_size / count / 1000:.1f} kB each")
+    return str(path)
 
 
 def spread(vectors):
@@ -123,16 +146,24 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--count", type=int, help="of photos, the first ones (default all)")
+    parser.add_argument("--side", type=int, help="px that the photos are enlarged to, with --count")
     parser.add_argument("--seconds", type=float, default=10, help="of each bare measurement")
     parser.add_argument("--towers", nargs="*", help="the table instead, of these or the usual ones")
     options = parser.parse_args()
+    if options.count and options.count < 3 * data.BATCH or options.side and not options.count:
+        parser.error(f"--count at least {3 * data.BATCH}, and --side with it")
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.towers is not None:
         print_towers(options.towers or TOWERS, options.device, options.seconds)
     elif options.sources:
         names = ("sources", "tower", "device", "workers")
-        compare({name: getattr(options, name) for name in names}, options.seconds)
+        given = {name: getattr(options, name) for name in names}
+        with tempfile.TemporaryDirectory() as folder:
+            if options.count:
+                given["sources"] = copied(options.sources, options.count, options.side, folder)
+            compare(given, options.seconds)
     else:
         parser.error("give shards, or --towers")
 

@@ -327,15 +327,23 @@ def test_a_source_that_is_none_is_named(tmp_path):
         assert str(source) in str(error.value)
 
 
-def test_a_folder_of_shards_is_sent_to_its_shards(tmp_path):
+def test_a_folder_of_shards_is_sent_to_its_shards(tmp_path, monkeypatch):
     """What img2dataset leaves, tars with tables and statistics beside them, is no folder of
-    photos; the message has what to give instead."""
-    shard(tmp_path / "00000.tar", 0, 4)
-    (tmp_path / "00000.parquet").write_bytes(b"PAR1")
-    (tmp_path / "00000_stats.json").write_text("{}")
-    with pytest.raises(ValueError, match=re.escape(f"give '{tmp_path}/*.tar'")):
-        read(tmp_path)
-    assert len(read(tmp_path / "*.tar")[0]) == 4
+    photos: no shard is read for nothing, and the message has what to give instead. A tar beside
+    photos is none of them."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    shard(folder / "00000.tar", 0, 4)
+    (folder / "00000.parquet").write_bytes(b"PAR1")
+    (folder / "00000_stats.json").write_text("{}")
+    opened, read_file = [], data.read_file
+    monkeypatch.setattr(data, "read_file", lambda path: opened.append(path) or read_file(path))
+    with pytest.raises(ValueError, match=r"no pictures; .*'FOLDER/\*.tar'"):
+        data.prepare_photos(folder, tmp_path / "set")
+    assert not opened and len(read(folder / "*.tar")[0]) == 4
+    (folder / "a.jpg").write_bytes(photo(0))
+    (folder / "a.txt").write_text("a photo")
+    assert len(read(folder)[0]) == 1 and len(opened) == 2
 
 
 def test_nothing_is_unpacked(tmp_path, monkeypatch):

@@ -105,6 +105,10 @@ def test_help_lists_every_setting(capsys):
         (["--vae_width", "20"], "--vae_width"),
         (["--dit_patch", "3"], "--dit_patch"),
         (["--accumulate", "3"], "--understand_batch"),
+        (
+            ["--accumulate", "4", "--generate_batch", "4"],
+            "--generate_batch 4: expected a multiple of 8",
+        ),
         (["--data", "/nowhere"], "/nowhere"),
         (["--data=--", "--depth", "0"], "--depth"),  # a value that argparse loses
     ],
@@ -161,6 +165,8 @@ def test_precision_is_native(monkeypatch, capsys, device, capability, bf16, dtyp
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(train.Path, "is_file", lambda path: True)  # Python.h
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setenv("LOCAL_RANK", "3")  # of torchrun: which card
     where = torch.device("cuda:3" if device == "cuda" else device)
     for steps in (20, 1000):  # a CPU compiles for a long run only
