@@ -418,7 +418,7 @@ def loop_times(bench: Bench, trainer: train.Trainer) -> np.ndarray:
         begun = time.perf_counter()
         made = read()
         waits.append(time.perf_counter() - begun)
-        batch.update({name: value.to(bench.device) for name, value in made[0].items()})
+        batch.update({k: v.to(bench.device, non_blocking=True) for k, v in made[0].items()})
         return [dict(batch)]
 
     def bare():
