@@ -537,7 +537,7 @@ class Muon(torch.optim.Optimizer):
                 shapes[p.shape].append(p)
             for shape, matrices in shapes.items():  # those of one shape together: few kernels
                 grad, state = torch.stack([p.grad for p in matrices]), self.state[matrices[0]]
-                if not state or state["momentum"].shape != grad.shape:  # as once, for each
+                if not state or state["momentum"].shape != grad.shape:  # new, or of old
                     state["momentum"] = torch.zeros_like(grad)
                 grad = torch.where(self.found_inf == 0, grad, state["momentum"])
                 momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
@@ -624,7 +624,7 @@ class Trainer:
             first, rate = self.step - max(count, 1), self.optimizers[0].param_groups[0]["lr"]
             what = f"stage {self.stage}: loss, gradient or weights not finite since step"
             rows = self.draw(first)[1].tolist()
-            raise ValueError(f"{what} {first + 1} (rate {rate:.1e}, rows {rows}); try a lower one")
+            raise ValueError(f"{what} {first + 1} (rate {rate:.1e}: try less; rows {rows})")
 
     def save(self) -> None:
         """The newest checkpoint, whole or not at all; the one before is kept."""
