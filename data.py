@@ -882,12 +882,12 @@ def prepare_photos(
     int8: store the features as int8 with scales, in 53 % of the bytes of float16
     workers: threads that open pictures
     """
+    require(tower or not (weights or int8), "--weights and --int8 need --tower")
     paths, sides = expand_sources(sources), [size]
     names = [[os.path.basename(path), fingerprint(path)] for path in paths]
     settings = {"kind": "photos", "sources": names, "size": size, "tower": tower, "tokens": tokens}
     settings |= {"weights": weights and str(weights), "int8": int8}
     settings["weights_of"] = fingerprint(weights) if os.path.isfile(weights or "") else None
-    require(tower or not (weights or int8), "--weights and --int8 need --tower")
     if tower:
         device = find_device(device)
         model, facts = open_tower(tower, tokens, weights)

@@ -977,7 +977,8 @@ def test_a_run_on_the_features_of_a_tower(small, tmp_path):
     sample.main(["--run", f"{tmp_path}/run", "--evaluate"])
     scores = json.loads((tmp_path / "run/scores.json").read_text())
     assert scores["psnr_reconstruction"] > 0 and "clip_top1_of_100" not in scores
-    studio, _ = sample.Studio(tmp_path / "run/model.safetensors", {}, {}), small.clear()
+    small.clear()
+    studio = sample.Studio(tmp_path / "run/model.safetensors", {}, {})
     studio.draw(["a photo"], [0])
     assert not small  # a picture that is drawn needs no tower, one that is read does
     studio.see(np.zeros((1, 16, 16, 3), np.uint8))
