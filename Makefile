@@ -5,13 +5,14 @@ RUN = $(VENV)/bin/python
 
 .PHONY: demo test test-long install install-dev
 
-demo: install
+demo: install-dev
 	$(RUN) data.py shapes --out data/shapes --count 30000
 	$(RUN) train.py --data data/shapes --out out/demo
-	$(RUN) sample.py --run out/demo --evaluate --out out/demo/samples.png \
+	$(RUN) sample.py --run out/demo --out out/demo/samples.png \
 		"a red circle left of a blue square" "three green circles" "a purple triangle" \
 		"a yellow square and an orange circle" "a circle above a triangle" "two blue squares" \
 		"a red triangle" "a purple circle above a red square"
+	$(RUN) tests/shapeseval.py --run out/demo
 
 test: install-dev
 	$(RUN) -m pytest -q tests

@@ -1,422 +1,371 @@
 """Every network of nano-blip3o, the sequence format, the flow-matching loss and its sampler.
 
-Read from top to bottom: text -> Attention -> Trunk (causal transformer) -> DiT -> flow matching
--> VAE -> TinyCLIP -> Unified (the backbone with its queries). Nothing here trains or reads files.
+Read BLIP3o at the end first, then from the top. Nothing here trains or reads files.
 
-Dimension key, one letter per axis, used in every shape comment:
+One letter per axis, in every shape comment:
     B batch rows            T positions of a sequence      D width of a network
     N tokens of a grid      M conditioning tokens          C channels of a grid's vectors
     P prompts (B = P K)     K noise draws per prompt       H heads, E width of one head
     S side of a picture     V vocabulary                   L width of the conditioning tokens
+    Q learned queries
 Time runs as in the paper: t = 0 is noise, t = 1 is data.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
 
 import timm
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from timm.layers import build_sincos2d_pos_embed
+from torch import nn
 
 # ------------------------------------------------------------------------------------------ text
 
-SPECIALS = ("<pad>", "<bos>", "<user>", "<bot>", "<eos>", "<image>", "<query>")
-PAD, BOS, USER, BOT, EOS, IMAGE, QUERY = range(256, 256 + len(SPECIALS))
+PAD, BOS, USER, BOT, EOS, IMAGE, QUERY = range(256, 263)
+FIRST_WORD = 263
 
 
 class Tokenizer:
-    """UTF-8 bytes (ids 0-255), special tokens, then whole words; lossless on any string.
+    """UTF-8 bytes (ids 0-255), special tokens, then whole words; lossless on any text.
 
-    A word carries the space before it, and every text is read as if a space stood before it, so
-    that "circle" has one id wherever it stands. A last "s" stands alone: what is learned of circle
-    holds for circles. What is not in `words` falls back to its bytes.
+    A word carries the space before it. A last "s" stands alone: what is learned of circle holds
+    for circles. A word that is not in `words` becomes its bytes.
     """
 
-    def __init__(self, words: Sequence[str] = ()):
+    def __init__(self, words=()):
         self.words = list(words)
-        self.word_ids = {word: 256 + len(SPECIALS) + i for i, word in enumerate(self.words)}
-        self.pieces = {i: word.encode() for word, i in self.word_ids.items()}
-        self.pieces.update((i, bytes([i])) for i in range(256))
+        self.ids = {word: FIRST_WORD + i for i, word in enumerate(self.words)}
+        self.pieces = {i: bytes([i]) for i in range(256)}
+        self.pieces |= {i: word.encode() for word, i in self.ids.items()}
 
-    def __len__(self) -> int:
-        return 256 + len(SPECIALS) + len(self.words)
+    def __len__(self):
+        return FIRST_WORD + len(self.words)
 
     @classmethod
-    def fit(cls, texts: Iterable[str], size: int = 768) -> "Tokenizer":
-        """Keeps the `size` most frequent words that occur at least twice."""
-        counts = Counter(piece for text in texts for piece in cls.split(text))
-        ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-        words = [word for word, count in ranked if count > 1 and len(word) > 1][:size]
-        return cls([word for word in words if word.isprintable()])
+    def fit(cls, texts, size=768):
+        """The tokenizer of the `size` most frequent words that occur at least twice."""
+        counts = Counter()
+        for text in texts:
+            counts.update(cls.split(text))
+        frequent = [word for word in counts if counts[word] > 1 and len(word) > 1]
+        frequent.sort(key=lambda word: (-counts[word], word))
+        return cls(frequent[:size])
 
     @staticmethod
-    def split(text: str) -> list[str]:
+    def split(text):
         return re.findall(r" ?\w+?(?=s?\b)|\W", " " + text)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text):
         ids = []
         for piece in self.split(text):
-            word = self.word_ids.get(piece)
-            ids.extend(piece.encode("utf-8", "surrogatepass") if word is None else [word])
+            if piece in self.ids:
+                ids.append(self.ids[piece])
+            else:
+                ids.extend(piece.encode())
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Inverse of `encode`; special tokens are skipped, broken UTF-8 is shown as U+FFFD."""
-        raw = b"".join(self.pieces.get(int(i), b"") for i in ids)
-        try:
-            text = raw.decode("utf-8", "surrogatepass")
-        except UnicodeDecodeError:
-            text = raw.decode("utf-8", "replace")
-        return text.removeprefix(" ")
+    def decode(self, ids):
+        """Inverse of `encode`. Special tokens are skipped."""
+        text = b"".join(self.pieces.get(i, b"") for i in ids)
+        return text.decode("utf-8", "replace").removeprefix(" ")
 
 
-def build_sequences(tokenizer, rows, tokens=64, queries=64, length=None, cut=None):
+def build_sequences(tokenizer, rows, tokens, queries, longest=256):
     """The one function that lays out a sequence, for every task, in training and in inference.
 
     A row is a list of (role, text):
         ("image", None)    `tokens` positions that image vectors will fill
         ("user", text)     <user> text
-        ("bot", text)      <bot> text <eos>, the part that carries loss; text None leaves it open
+        ("bot", text)      <bot> text <eos>, which carries loss; text None leaves it open
         ("queries", None)  `queries` positions that the learned queries will fill
-    Returns ids (B, T) and learn (B, T), true where the token is to be predicted. Rows are padded
-    on the left, so that the last position is the last of each row; T is the longest row rounded
-    up to 16.
-
-    Raises ValueError if a text has more than `length` tokens, unless there is a Counter `cut`: then
-    its end is dropped, never within a character, and counted by role.
+    Returns ids (B, T), and learn (B, T), true where the token is to be predicted. A text is cut
+    after `longest` tokens. Rows are padded on the left to a multiple of 16: each row's last
+    position is the last one, and a compiled network meets few different lengths.
     """
-    begins = {"user": [USER], "bot": [BOT], "image": [IMAGE] * tokens, "queries": [QUERY] * queries}
+    slots = {"image": [IMAGE] * tokens, "queries": [QUERY] * queries, "user": [USER], "bot": [BOT]}
     built = []
     for row in rows:
         ids, learn = [BOS], [False]
         for role, text in row:
-            body = tokenizer.encode(text) if text is not None else []
-            if length is not None and len(body) > length:
-                if cut is None:
-                    raise ValueError(f"a text of {len(body)} tokens, at most {length} are possible")
-                cut[role] += 1
-                end = length
-                while body[end] >> 6 == 2:  # a byte within a character
-                    end -= 1
-                body = body[:end]
-            body = begins[role] + body + [EOS] * (role == "bot" and text is not None)
-            ids += body
-            learn += [role == "bot" and i > 0 for i in range(len(body))]  # <bot> itself is given
+            said = [] if text is None else tokenizer.encode(text)[:longest]
+            answer = role == "bot" and text is not None
+            if answer:
+                said.append(EOS)
+            ids += slots[role] + said
+            learn += [False] * len(slots[role]) + [answer] * len(said)
         built.append((ids, learn))
-    # whole multiples of 16: a compiled network meets few different lengths
-    longest = math.ceil(max(len(ids) for ids, _ in built) / 16) * 16
-    ids = torch.tensor([[PAD] * (longest - len(ids)) + ids for ids, _ in built])  # (B, T)
-    learn = torch.tensor([[False] * (longest - len(row)) + row for _, row in built])  # (B, T)
-    return ids, learn
+    length = math.ceil(max(len(ids) for ids, _ in built) / 16) * 16
+    ids = [[PAD] * (length - len(ids)) + ids for ids, _ in built]
+    learn = [[False] * (length - len(learn)) + learn for _, learn in built]
+    return torch.tensor(ids), torch.tensor(learn)
 
 
 # ------------------------------------------------------------------------------- building blocks
 
+HEAD_DIM = 32  # width of an attention head, everywhere
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v: (B, H, T, E), (B, H, M, E), (B, H, M, E) -> (B, H, T, E).
 
-    mask (B, 1, T, M) is true where a query may look. Compiled for a CPU, it is the plain formula:
-    in bf16 a step takes twice as long with the fused kernel.
+def attention(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(E)) v: (B, H, T, E), two of (B, H, M, E) -> (B, H, T, E).
+
+    mask (B, 1, T, M) is true where a query may look.
     """
     if q.device.type != "cpu" or not torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, M)
+    # compiled for a CPU in bf16, a step with the fused kernel takes twice as long
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, M)
     if mask is not None:
-        scores = scores.masked_fill_(~mask, -math.inf)  # in place: nothing else needs them
+        scores = scores.masked_fill(~mask, -math.inf)
     return scores.softmax(-1) @ v
 
 
-def rotary(positions: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary positions: (T,) -> two of (T, E / 2), in float32."""
-    rates = 10_000.0 ** (-torch.arange(head_width // 2, device=positions.device) * 2 / head_width)
-    angles = positions.float()[:, None] * rates
+def rotary(positions, width):
+    """Cosines and sines of rotary positions: (T,) -> two of (T, width / 2), in float32."""
+    exponents = torch.arange(width // 2, device=positions.device) * 2 / width
+    angles = positions.float()[:, None] * 10_000.0**-exponents
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x, rope):
     """Turns the pairs (x_i, x_{i + E/2}) by their position's angle: (B, H, T, E) -> same."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)  # two of (B, H, T, E / 2)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
+    turned = torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    return turned.type_as(x)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with QK-norm: self-attention, or cross-attention to `context`."""
+    """Multi-head attention with QK-norm: self-attention, or cross-attention to a context."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width):
         super().__init__()
-        self.heads = heads
-        self.q = nn.Linear(width, width, bias=False)
-        self.kv = nn.Linear(width, 2 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)
-        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)
+        if width % HEAD_DIM:
+            raise ValueError(f"width {width}: expected a multiple of {HEAD_DIM}")
+        self.heads = width // HEAD_DIM
+        self.q = linear(width, width)
+        self.kv = linear(width, 2 * width)
+        self.out = linear(width, width)
+        self.q_norm = norm(HEAD_DIM)
+        self.k_norm = norm(HEAD_DIM)
 
-    def forward(self, x, context=None, mask=None, rope=None, cache=None) -> Tensor:
-        """(B, T, D), context of `read` (two of (B, H, M, E)), None = x itself -> (B, T, D).
+    def forward(self, x, context=None, mask=None, rope=None, cache=None):
+        """(B, T, D), context (B, M, D), None = x itself -> (B, T, D).
 
-        cache is a list, empty or [keys, values] of earlier positions; it is brought up to date.
+        cache is a list, empty or [keys, values] of earlier positions. It is brought up to date.
         """
-        q = self.q_norm(rearrange(self.q(x), "b t (h e) -> b h t e", h=self.heads))
-        k, v = self.read(x) if context is None else context
+        context = x if context is None else context
+        q = rearrange(self.q(x), "b t (h e) -> b h t e", h=self.heads)
+        k, v = rearrange(self.kv(context), "b m (s h e) -> s b h m e", s=2, h=self.heads)
+        q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if cache:
             k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
         if cache is not None:
             cache[:] = [k, v]
-        return self.out(rearrange(attention(q, k, v, mask), "b h t e -> b t (h e)"))
-
-    def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of what is looked at: (B, M, D) -> two of (B, H, M, E)."""
-        k, v = rearrange(self.kv(context), "b m (s h e) -> s b h m e", s=2, h=self.heads)
-        return self.k_norm(k), v
+        seen = attention(q, k, v, mask)
+        return self.out(rearrange(seen, "b h t e -> b t (h e)"))
 
 
 class SwiGLU(nn.Module):
     """down(silu(gate) * up): (B, T, D) -> (B, T, D), hidden width 8/3 D rounded up to 32."""
 
-    def __init__(self, width: int):
+    def __init__(self, width):
         super().__init__()
         hidden = math.ceil(width * 8 / 3 / 32) * 32
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.gate_up = linear(width, 2 * hidden)
+        self.down = linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # two of (B, T, 8/3 D)
         return self.down(F.silu(gate) * up)
 
 
-class Stack(nn.Module):
-    """Blocks one after another. With `checkpoint` their activations are not kept but computed
-    again in the backward pass: a third more time, a fraction of the memory."""
-
-    checkpoint = False
-
-    def through(self, block: nn.Module, *inputs) -> Tensor:
-        if not (self.checkpoint and torch.is_grad_enabled()):
-            return block(*inputs)
-
-        def again(*inputs):  # on copies of lists: a cache must not grow twice
-            return block(*(list(x) if isinstance(x, list) else x for x in inputs))
-
-        return checkpoint(again, *inputs, use_reentrant=False)
+def linear(inputs, outputs):
+    return nn.Linear(inputs, outputs, bias=False)
 
 
-def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+def norm(width):
+    return nn.RMSNorm(width, eps=1e-6)
+
+
+def mlp(inputs, hidden, outputs):
     return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
 
 
+def zero(*layers):
+    """Zeroes the weights and biases of layers, so that what they add begins at nothing."""
+    for layer in layers:
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)
+
+
 class TrunkBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); both outputs start at zero."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). Both outputs start at zero."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
-        self.attention = Attention(width, heads)
-        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
+        self.attention_norm = norm(width)
+        self.attention = Attention(width)
+        self.mlp_norm = norm(width)
         self.mlp = SwiGLU(width)
-        nn.init.zeros_(self.attention.out.weight)
-        nn.init.zeros_(self.mlp.down.weight)
+        zero(self.attention.out, self.mlp.down)
 
-    def forward(self, x, mask=None, rope=None, cache=None) -> Tensor:
-        """(B, T, D) -> (B, T, D); mask, rope and cache as in `Attention`."""
+    def forward(self, x, mask, rope, cache=None):
         x = x + self.attention(self.attention_norm(x), mask=mask, rope=rope, cache=cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
-class Trunk(Stack):
-    """Causal transformer over embeddings; the backbone, and the text tower of the tiny CLIP."""
+class Trunk(nn.Module):
+    """Causal transformer over embeddings: in the backbone, and the text tower of the tiny CLIP."""
 
-    def __init__(self, width: int, depth: int, heads: int):
+    def __init__(self, width, depth):
         super().__init__()
-        self.head_width = width // heads
-        self.blocks = nn.ModuleList(TrunkBlock(width, heads) for _ in range(depth))
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.blocks = nn.ModuleList(TrunkBlock(width) for _ in range(depth))
+        self.norm = norm(width)
 
-    def forward(self, x: Tensor, valid: Tensor, caches: list | None = None) -> Tensor:
+    def forward(self, x, valid, caches=None):
         """Embeddings (B, T, D), valid (B, past + T) false at padding -> states (B, T, D).
 
-        caches is None, or one list for each block (see `Attention`), made by `new_caches`.
+        caches is None, or one list for each block (see `Attention`), empty at first.
         """
-        total, new = valid.shape[1], x.shape[1]
-        keys = torch.arange(total, device=x.device)
-        queries = keys[total - new :]  # positions of x among all of them
-        causal = keys[None, :] <= queries[:, None]  # (T, past + T)
+        keys = torch.arange(valid.shape[1], device=x.device)
+        new = keys[-x.shape[1] :]  # positions of x among all of them
+        causal = keys[None, :] <= new[:, None]  # (T, past + T)
         # a padded position sees itself: a softmax over nothing would be NaN
-        own = keys[None, :] == queries[:, None]
+        own = keys[None, :] == new[:, None]
         mask = (causal & valid[:, None, None, :]) | own  # (B, 1, T, past + T)
-        rope = rotary(queries, self.head_width)
+        rope = rotary(new, HEAD_DIM)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
-            x = self.through(block, x, mask, rope, cache)
+            x = block(x, mask, rope, cache)
         return self.norm(x)
-
-    def new_caches(self) -> list[list]:
-        return [[] for _ in self.blocks]
 
 
 # ------------------------------------------------------------------------------------------- DiT
 
 
-def sincos_2d(side: int, width: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions of a square grid: (side * side, width), float32."""
-    cos, sin = rotary(torch.arange(side), width // 2)
-    axis = torch.cat([sin, cos], dim=1)  # (side, width / 2)
-    rows, columns = axis.repeat_interleave(side, 0), axis.repeat(side, 1)  # two of (N, width / 2)
-    return torch.cat([rows, columns], dim=1)
+class AdaLN(nn.Module):
+    """adaLN-Zero (DiT, section 3.2): the time shifts and scales what a sublayer reads and gates
+    what it adds. All three start at zero, so each block starts as the identity."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.parts = nn.Linear(width, 3 * width)
+        zero(self.parts)
+
+    def forward(self, x, time):
+        """(B, N, D), (B, D) -> modulated (B, N, D), gate (B, 1, D)."""
+        shift, scale, gate = self.parts(time)[:, None].chunk(3, dim=-1)
+        return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift, gate
 
 
 class DiTBlock(nn.Module):
-    """adaLN-Zero block (DiT, section 3.2): self-attention, cross-attention if asked for, MLP."""
+    """Self-attention, cross-attention if asked for, MLP, each in its AdaLN."""
 
-    def __init__(self, width: int, heads: int, cross: bool):
+    def __init__(self, width, cross):
         super().__init__()
-        self.attention = Attention(width, heads)
-        self.cross = Attention(width, heads) if cross else None
+        self.attention_norm = AdaLN(width)
+        self.attention = Attention(width)
+        self.cross_norm = AdaLN(width) if cross else None
+        self.cross = Attention(width) if cross else None
+        self.mlp_norm = AdaLN(width)
         self.mlp = SwiGLU(width)
-        self.modulation = nn.Linear(width, (9 if cross else 6) * width)
 
-    def forward(self, x: Tensor, time: Tensor, cond: tuple[Tensor, Tensor] | None) -> Tensor:
-        """(B, N, D), (B, D), two of (P, H, M, E) -> (B, N, D); the K draws of a prompt together."""
-        mods = list(self.modulation(time)[:, None].chunk(9 if self.cross else 6, dim=-1))
-        x = x + mods[0] * self.attention(modulate(x, *mods[1:3]))
+    def forward(self, x, time, context):
+        """(B, N, D), (B, D), context (P, M, D), B = P K -> (B, N, D)."""
+        h, gate = self.attention_norm(x, time)
+        x = x + gate * self.attention(h)
         if self.cross is not None:
-            # all draws of a prompt look at its M tokens at once: keys and values are made once
-            h = rearrange(modulate(x, *mods[7:9]), "(p k) n d -> p (k n) d", p=len(cond[0]))
-            h = rearrange(self.cross(h, cond), "p (k n) d -> (p k) n d", n=x.shape[1])
-            x = x + mods[6] * h
-        return x + mods[3] * self.mlp(modulate(x, *mods[4:6]))
+            h, gate = self.cross_norm(x, time)
+            # The K draws of a prompt look at its M tokens together, so that keys and values are
+            # made once: with P = 2, K = 4, N = 16, (8, 16, D) becomes (2, 64, D).
+            h = rearrange(h, "(p k) n d -> p (k n) d", p=len(context))
+            h = self.cross(h, context)
+            x = x + gate * rearrange(h, "p (k n) d -> (p k) n d", n=x.shape[1])
+        h, gate = self.mlp_norm(x, time)
+        return x + gate * self.mlp(h)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
-
-
-class DiT(Stack):
-    """Diffusion transformer over a square grid of vectors; one class for every flow head.
+class DiT(nn.Module):
+    """Diffusion transformer over a square grid of vectors; one class for both flow networks.
 
     shape     (N, C) of the grid; context is L, the width of the conditioning tokens
     patch     groups patch x patch neighbours of the grid into one token
-    cross     true: the condition is read by cross-attention, in any order (the queries' states);
-              false: it lies on a square grid of its own, is resized to the token grid and added,
-              for a decoder whose condition lies where the pixels lie
+    cross     true: cross-attention reads the condition (the queries' states);
+              false: the condition lies on a grid of its own, is resized and added, for a decoder
+              whose condition lies where the pixels lie
     predicts  "x" (data) or "v" (velocity); see `velocity`
-    recalls   reads an earlier guess of the data beside x_t (self-conditioning, arXiv 2208.04202)
+    self_conditioning   reads an earlier guess of the data beside x_t (arXiv 2208.04202)
     """
 
-    def __init__(
-        self, shape, context, width, depth, heads, patch=1, cross=True, predicts="x", recalls=False
-    ):
+    def __init__(self, *, shape, context, width, depth, patch, cross, predicts, self_conditioning):
         super().__init__()
-        tokens, channels = self.shape = shape
+        tokens, channels = shape
         side = math.isqrt(tokens) // patch  # of the token grid
-        self.patches = dict(r=side, c=side, p=patch, q=patch)
-        self.cross, self.predicts, self.recalls = cross, predicts, recalls
-        self.embed = nn.Linear((1 + recalls) * channels * patch**2, width)
+        if (side * patch) ** 2 != tokens:
+            raise ValueError(f"a grid of {tokens} vectors: expected a square of {patch} x {patch}")
+        folded = channels * patch**2
+        self.shape = shape
+        self.patches = {"r": side, "c": side, "p": patch, "q": patch}
+        self.cross = cross
+        self.predicts = predicts
+        self.self_conditioning = self_conditioning
+        self.embed = nn.Linear(2 * folded if self_conditioning else folded, width)
         self.time = mlp(256, width, width)
         self.cond_embed = nn.Sequential(nn.Linear(context, width), nn.RMSNorm(width))
         self.pooled = nn.Linear(width, width)
-        self.blocks = nn.ModuleList(DiTBlock(width, heads, cross) for _ in range(depth))
-        self.modulation = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, channels * patch**2)
-        self.register_buffer("positions", sincos_2d(side, width), persistent=False)
-        # adaLN-Zero: every block is the identity and the prediction 0, whatever the defaults did
-        for layer in [self.modulation, self.out, *(block.modulation for block in self.blocks)]:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.blocks = nn.ModuleList(DiTBlock(width, cross) for _ in range(depth))
+        self.out_norm = AdaLN(width)
+        self.out = nn.Linear(width, folded)
+        zero(self.out)
+        self.register_buffer("positions", build_sincos2d_pos_embed([side, side], width))  # (N, D)
 
-    def read(self, cond: Tensor) -> tuple[Tensor, list, Tensor]:
-        """What all steps of a sampler need of a condition (P, M, L), made once: (P, D) that joins
-        the time, each block's keys and values, and (P, N, D) that joins the tokens; None = none."""
-        cond = self.cond_embed(cond)
-        contexts = [block.cross.read(cond) if block.cross else None for block in self.blocks]
-        grid = None if self.cross else resize_grid(cond, len(self.positions))
-        return self.pooled(cond.mean(1)), contexts, grid
+    def forward(self, x, t, cond, guess=None):
+        """x (B, N, C) at times t (B,), condition (P, M, L), B = P K -> (B, N, C).
 
-    def forward(self, x: Tensor, t: Tensor, cond, guess: Tensor | None = None) -> Tensor:
-        """x (B, N, C) at times t (B,), condition (P, M, L) with B = P K -> (B, N, C).
-
-        cond may also be what `read` made of it; guess (B, N, C) is what an earlier call made of
-        the data, None is a guess of zeros.
+        guess (B, N, C) is an earlier guess of the data, None = zeros. Without cross, K = 1.
         """
-        pooled, contexts, grid = self.read(cond) if isinstance(cond, Tensor) else cond
-        if self.recalls:
-            x = torch.cat([x, torch.zeros_like(x) if guess is None else guess], dim=-1)
-        draws = len(x) // len(pooled)
+        if self.self_conditioning:
+            guess = torch.zeros_like(x) if guess is None else guess
+            x = torch.cat([x, guess], dim=-1)
         h = rearrange(x, "b (r p c q) ch -> b (r c) (p q ch)", **self.patches)
-        time = F.silu(self.time(timestep_features(t)) + pooled.repeat_interleave(draws, 0))
         h = self.embed(h) + self.positions
-        if grid is not None:
-            h = h + grid.repeat_interleave(draws, 0)
-        for block, context in zip(self.blocks, contexts):
-            h = self.through(block, h, time, context)
-        h = self.out(modulate(h, *self.modulation(time)[:, None].chunk(2, dim=-1)))
-        return rearrange(h, "b (r c) (p q ch) -> b (r p c q) ch", **self.patches)
+        cond = self.cond_embed(cond)  # (P, M, D)
+        if not self.cross:
+            h = h + resize_grid(cond, h.shape[1])
+        features = torch.cat(rotary(t * 1000, 256), dim=-1)  # (B, 256)
+        pooled = self.pooled(cond.mean(1)).repeat_interleave(len(x) // len(cond), 0)
+        time = F.silu(self.time(features) + pooled)
+        for block in self.blocks:
+            h = block(h, time, cond)
+        h, _ = self.out_norm(h, time)  # nothing follows that the gate could gate
+        return rearrange(self.out(h), "b (r c) (p q ch) -> b (r p c q) ch", **self.patches)
 
 
-def timestep_features(t: Tensor) -> Tensor:
-    """Sine-cosine features of times in [0, 1]: (B,) -> (B, 256), in float32."""
-    return torch.cat(rotary(t * 1000, 256), dim=-1)
-
-
-def resize_grid(grid: Tensor, tokens: int) -> Tensor:
+def resize_grid(grid, tokens):
     """A square grid at another resolution, nearest or averaged: (B, M, D) -> (B, tokens, D)."""
+    side = math.isqrt(grid.shape[1])
     resize = F.interpolate if tokens > grid.shape[1] else F.adaptive_avg_pool2d
-    square = grid.mT.unflatten(2, [math.isqrt(grid.shape[1])] * 2)  # (B, D, rows, columns)
+    square = grid.mT.unflatten(2, (side, side))  # (B, D, side, side)
     return resize(square, math.isqrt(tokens)).flatten(2).mT
 
 
 # --------------------------------------------------------------------------------- flow matching
 
 
-def velocity(dit: nn.Module, x_t: Tensor, t: Tensor, cond, guess=None) -> Tensor:
-    """The velocity that `dit` stands for: (B, N, C), (B,), cond and guess as in `DiT` -> (B, N, C).
-
-    If it predicts the data x, the velocity is (x - x_t) / (1 - t); the floor of 0.05 keeps the
-    loss finite at t = 1, and loss and sampler share it, so that it costs no bias.
-    """
-    out = dit(x_t, t, cond, guess)
-    if dit.predicts == "v":
-        return out
-    return (out - x_t) / (1 - t).clamp_min(0.05)[:, None, None]
+def draw_noise(like, generator):
+    return torch.randn(like.shape, generator=generator, device=like.device)
 
 
-def flow_loss(dit: nn.Module, x: Tensor, noise: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-    """Flow matching (paper, section 3.2): the mean of |velocity(x_t) - (x - noise)|^2.
-
-    x_t = (1 - t) noise + t x: data and noise (B, N, C), t (B,), cond (P, M, L) -> losses (B,).
-    A net that recalls gets, for every second prompt, the guess of a first call without one. For
-    one that does not, t = 0 and no noise make it a regression: the squared error of what the net
-    makes of cond.
-    """
-    at = t[:, None, None]
-    x_t, guess = torch.lerp(noise, x, at), None
-    if dit.recalls:
-        first = torch.arange(len(x), device=x.device).view(len(cond), -1)[::2].flatten()
-        with torch.no_grad():
-            made = x_t[first] + (1 - at[first]) * velocity(dit, x_t[first], t[first], cond[::2])
-            guess = torch.zeros_like(x).index_copy(0, first, made)
-    return (velocity(dit, x_t, t, cond, guess) - (x - noise)).float().square().mean((1, 2))
+def interpolate(noise, x, t):
+    """x_t = (1 - t) noise + t x."""
+    return torch.lerp(noise, x, t)
 
 
-def spread_times(rows: Tensor, count: int, draws: int, offset: float) -> Tensor:
-    """Logit-normal times of some rows (b,) of a batch of `count`, `draws` for each -> (b K,).
-
-    They are evenly spread over the batch and over the draws of each row, with one random offset in
-    0..1 for all: each time has the right distribution, and the loss less variance.
-    """
-    ranks = rows[:, None] + count * torch.arange(draws)  # (b, K)
-    share = (ranks.flatten() / (count * draws) + offset) % 1
-    return torch.special.ndtri(share.clamp(1e-4, 1 - 1e-4)).sigmoid()
-
-
-def shift_time(t: Tensor, shift: float) -> Tensor:
+def shift_time(t, shift):
     """Moves times towards the noise (shift > 1), which large grids need (SD3, RAE): [0,1]->[0,1].
 
     With s = 1 - t the share of noise: s' = shift s / (1 + (shift - 1) s).
@@ -425,370 +374,403 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     return 1 - shift * s / (1 + (shift - 1) * s)
 
 
+def velocity(dit, x_t, t, cond, guess=None):
+    """The velocity that `dit` stands for, estimating x - noise; arguments and shapes as in `DiT`.
+
+    If `dit` predicts the data x, it is (x - x_t) / (1 - t). The floor of 0.05 keeps that finite at
+    t = 1. The loss so weighs errors of x by 1 / (1 - t)^2, at most 400.
+    """
+    out = dit(x_t, t, cond, guess)
+    if dit.predicts == "v":
+        return out
+    return (out - x_t) / (1 - t).clamp_min(0.05)[:, None, None]
+
+
+def drop_condition(cond, generator, share=0.1):
+    """Replaces a share of the conditions (P, M, L) by the null condition, zeros, for guidance."""
+    kept = torch.rand(len(cond), 1, 1, generator=generator, device=cond.device) >= share
+    return cond * kept
+
+
+def flow_loss(dit, x, cond, generator, shift=1.0):
+    """Flow matching (paper, section 3.2): |velocity(x_t) - (x - noise)|^2, a mean for each row.
+
+    Data x (B, N, C), cond (P, M, L) -> losses (B,). Noise is Gaussian, times are logit-normal.
+    """
+    noise = draw_noise(x, generator)
+    t = shift_time(draw_noise(x[:, 0, 0], generator).sigmoid(), shift)  # (B,)
+    x_t = interpolate(noise, x, t[:, None, None])
+    guess = first_guess(dit, x_t, t, cond) if dit.self_conditioning else None
+    error = velocity(dit, x_t, t, cond, guess) - (x - noise)
+    return error.float().square().mean((1, 2))
+
+
 @torch.no_grad()
-def sample_flow(dit, noise, cond, steps=10, guidance=1.0, shift=1.0, heun=False, fresh=None):
+def first_guess(dit, x_t, t, cond):
+    """What a first call makes of the data, for the first half of the prompts; else zeros."""
+    prompts = (len(cond) + 1) // 2
+    rows = prompts * (len(x_t) // len(cond))
+    v = velocity(dit, x_t[:rows], t[:rows], cond[:prompts])
+    guess = torch.zeros_like(x_t)
+    guess[:rows] = x_t[:rows] + (1 - t[:rows, None, None]) * v
+    return guess
+
+
+def regression_loss(dit, x, cond):
+    """The squared error of what the net makes of cond alone, from no noise: as in `flow_loss`."""
+    start = torch.zeros_like(x)
+    error = velocity(dit, start, start[:, 0, 0], cond) - x
+    return error.float().square().mean((1, 2))
+
+
+@torch.no_grad()
+def sample_flow(dit, noise, cond, steps=10, guidance=1.0, shift=1.0, fresh_noise=None):
     """Integrates dx/dt = velocity from t = 0 to t = 1: noise (B, N, C), cond (B, M, L) -> data.
 
-    Guidance is u + s (c - u) with u under the condition zero; s = 1 is off and costs nothing. Heun
-    takes two evaluations a step, and one at the last. With `fresh`, a source of noise (B, N, C),
-    each step goes on from the data it predicts under new noise, as consistency models do: early
-    mistakes are forgotten, at the price of a distribution somewhat too narrow.
+    Guidance s moves the velocity to u + s (c - u), with c under the condition and u under the
+    null; s = 1 is off and costs nothing. With `fresh_noise`, a source of noise (B, N, C), each
+    step goes on from the data it predicts under new noise, as consistency models do. Early
+    mistakes are forgotten, and the distribution gets somewhat too narrow.
     """
-
-    def field(x: Tensor, t: Tensor, guess: Tensor) -> Tensor:
-        t = t.expand(len(x))
-        if guidance == 1:
-            return velocity(dit, x, t, cond, guess)
-        x, t, guess = (torch.cat([each, each]) for each in (x, t, guess))
-        c, u = velocity(dit, x, t, cond, guess).chunk(2)  # two of (B, N, C)
-        return u + guidance * (c - u)
-
-    cond = dit.read(cond if guidance == 1 else torch.cat([cond, 0 * cond]))
+    null = torch.zeros_like(cond)
     times = shift_time(torch.linspace(0, 1, steps + 1, device=noise.device), shift)
     x, data = noise, torch.zeros_like(noise)
-    for i, (t, after) in enumerate(zip(times[:-1], times[1:])):
-        v = field(x, t, data)
-        if heun and i < steps - 1:
-            v = (v + field(x + (after - t) * v, after, data)) / 2
+    for t, after in zip(times[:-1], times[1:]):
+        now = t.expand(len(x))
+        v = velocity(dit, x, now, cond, data)
+        if guidance != 1:
+            u = velocity(dit, x, now, null, data)
+            v = u + guidance * (v - u)
         data = x + (1 - t) * v
-        noise = x - t * v if fresh is None else fresh()
-        x = torch.lerp(noise, data, after)
+        if fresh_noise is None:  # Euler: x moves on by (after - t) v
+            noise = x - t * v
+        else:  # restart
+            noise = fresh_noise()
+        x = interpolate(noise, data, after)
     return x
 
 
-# ------------------------------------------------------------------------- pictures and features
+# ---------------------------------------------------------------------------- pictures and vectors
 
 
-def to_pixels(images: Tensor) -> Tensor:
+def to_pixels(images):
     """uint8 pictures (B, S, S, 3) -> floats in [-1, 1] (B, 3, S, S)."""
     return rearrange(images, "b h w c -> b c h w").float() / 127.5 - 1
 
 
-def to_images(pixels: Tensor) -> Tensor:
+def to_images(pixels):
     """Inverse of `to_pixels`, rounded and clamped: (B, 3, S, S) -> uint8 (B, S, S, 3)."""
-    images = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return rearrange(images, "b c h w -> b h w c")
+    images = ((pixels.float() + 1) * 127.5).round().clamp(0, 255)
+    return rearrange(images.to(torch.uint8), "b c h w -> b h w c")
 
 
-class Treatment(nn.Module):
-    """Fixed affine map of vectors to zero mean and unit variance, and back.
+class Normalise(nn.Module):
+    """Fixed map of vectors (..., C) to zero mean and unit variance of each channel, and back.
 
-    "standardise" scales each channel; "whiten" turns to the principal axes first, and may keep only
-    the `channels` strongest. Flow matching needs data on the scale of its noise.
+    Flow matching needs data on the scale of its noise.
     """
 
-    def __init__(self, raw_channels: int, channels: int):
+    def __init__(self, channels):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(raw_channels))
-        self.register_buffer("forth", torch.eye(raw_channels, channels))
-        self.register_buffer("back", torch.eye(channels, raw_channels))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
 
-    def fit(self, raw: Tensor, mode: str = "standardise") -> None:
-        """Statistics of vectors (..., raw_channels), in float64 on the CPU."""
-        flat = raw.reshape(-1, raw.shape[-1]).cpu().double()  # (samples, raw_channels)
-        mean, channels = flat.mean(0), self.forth.shape[1]
-        axes, scale = torch.eye(flat.shape[1], dtype=torch.double), flat.std(0)
-        if mode == "whiten":
-            values, axes = torch.linalg.eigh(torch.cov(flat.T))
-            axes, scale = axes.flip(1), values.flip(0).clamp_min(0).sqrt()
-        axes, scale = axes[:, :channels], scale[:channels].clamp_min(1e-6)
-        self.mean.copy_(mean)
-        self.forth.copy_(axes / scale)
-        self.back.copy_((axes * scale).T)
+    def fit(self, raw):
+        flat = raw.flatten(0, -2).double()  # (samples, C)
+        self.mean.copy_(flat.mean(0))
+        self.std.copy_(flat.std(0).clamp_min(1e-6))
 
-    def forward(self, raw: Tensor) -> Tensor:
-        return (raw - self.mean) @ self.forth
+    def forward(self, raw):
+        return (raw - self.mean) / self.std
 
-    def inverse(self, treated: Tensor) -> Tensor:
-        return treated @ self.back + self.mean
+    def inverse(self, x):
+        return x * self.std + self.mean
 
 
-class ResidualConv(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm = nn.GroupNorm(8, width)
-        self.first = nn.Conv2d(width, width, 3, padding=1)
-        self.second = nn.Conv2d(width, width, 3, padding=1)
-        nn.init.zeros_(self.second.weight)
+def conv(inputs, outputs):
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(F.silu(self.first(F.silu(self.norm(x)))))
+
+class ResidualConv(nn.Sequential):
+    """x + conv(silu(conv(silu(norm(x))))): (B, D, S, S) -> same; the identity at first."""
+
+    def __init__(self, width):
+        first, second = conv(width, width), conv(width, width)
+        super().__init__(nn.GroupNorm(8, width), nn.SiLU(), first, nn.SiLU(), second)
+        zero(second)
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def convs(inputs, width, outputs):
+    return [conv(inputs, width), ResidualConv(width), ResidualConv(width), conv(width, outputs)]
 
 
 class VAE(nn.Module):
     """Compact convolutional VAE, f = 4: pixels (B, 3, S, S) <-> latents (B, (S/4)^2, 4).
 
-    All convolutions run at a quarter of the resolution; folding 4 x 4 pixels into channels does
-    the rest, which is what makes it cheap.
+    Folding 4 x 4 pixels into channels lets all convolutions run at a quarter of the resolution.
     """
 
     factor = 4
+    channels = 4
 
-    def __init__(self, width: int, depth: int, channels: int = 4):
+    def __init__(self, width):
         super().__init__()
         folded = 3 * self.factor**2
-        self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(self.factor),
-            nn.Conv2d(folded, width, 3, padding=1),
-            *(ResidualConv(width) for _ in range(depth)),
-            nn.Conv2d(width, 2 * channels, 3, padding=1),
-        )
-        self.decoder = nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=1),
-            *(ResidualConv(width) for _ in range(depth)),
-            nn.Conv2d(width, folded, 3, padding=1),
-            nn.PixelShuffle(self.factor),
-        )
+        unfold, fold = nn.PixelUnshuffle(self.factor), nn.PixelShuffle(self.factor)
+        self.encoder = nn.Sequential(unfold, *convs(folded, width, 2 * self.channels))
+        self.decoder = nn.Sequential(*convs(self.channels, width, folded), fold)
 
-    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_variance = self.encoder(pixels).chunk(2, dim=1)  # two of (B, C, S/4, S/4)
-        return mean, log_variance.clamp(-20, 10)
+    def encode(self, pixels):
+        """The mean of the posterior: (B, 3, S, S) -> (B, N, 4)."""
+        mean, _ = self.encoder(pixels).chunk(2, dim=1)
+        return rearrange(mean, "b c h w -> b (h w) c")
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """The mean of the posterior: (B, 3, S, S) -> (B, N, C)."""
-        return rearrange(self.moments(pixels)[0], "b c h w -> b (h w) c")
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """(B, N, C) -> (B, 3, S, S)."""
+    def decode(self, latents):
+        """(B, N, 4) -> (B, 3, S, S)."""
         side = math.isqrt(latents.shape[1])
         return self.decoder(rearrange(latents, "b (h w) c -> b c h w", h=side))
 
-    def forward(self, pixels: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Losses (B,), noise (B, 4, S/4, S/4): pixel error, KL divergence to a unit Gaussian."""
-        mean, log_variance = self.moments(pixels)
-        latents = mean + noise * (log_variance / 2).exp()
+    def forward(self, pixels, generator):
+        """Pixel error and a little KL divergence to a unit Gaussian: (B, 3, S, S) -> (B,)."""
+        mean, log_variance = self.encoder(pixels).chunk(2, dim=1)  # two of (B, 4, S/4, S/4)
+        log_variance = log_variance.clamp(-20, 10)
+        latents = mean + draw_noise(mean, generator) * (log_variance / 2).exp()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
-        return {"error": pixel_error(self.decoder(latents), pixels), "kl": kl.mean((1, 2, 3))}
+        return pixel_error(self.decoder(latents), pixels) + 1e-5 * kl.mean((1, 2, 3))
 
 
-def pixel_error(made: Tensor, pixels: Tensor) -> Tensor:
+def pixel_error(made, pixels):
     """Absolute error, for sharp edges, plus squared error, for colours: (B, 3, S, S) -> (B,)."""
     error = made - pixels
     return (error.abs() + 4 * error.square()).mean((1, 2, 3))
 
 
-EDGE_BINS = 8
+def edge_histograms(pixels, patch, bins=8):
+    """How edges are oriented around each patch, as in HOG and MaskFeat (arXiv 2112.09133).
 
-
-def edge_histograms(pixels: Tensor, patch: int) -> Tensor:
-    """How edges are oriented in the 3 x 3 patches around each patch, HOG as the target of MaskFeat
-    (arXiv 2112.09133): (B, 3, S, S) -> (B, N, EDGE_BINS). Bin i counts gradients at i / EDGE_BINS
-    of half a turn; a row's length nears 1 where edges are many and strong, 0 where all is flat."""
-    padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")
-    dx = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
-    dy = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
-    channel = (dx.square() + dy.square()).argmax(1, keepdim=True)  # the one with the clearest edge
-    dx, dy = dx.gather(1, channel), dy.gather(1, channel)  # (B, 1, S, S)
-    turn = torch.atan2(dy, dx) / math.pi * EDGE_BINS  # half a turn is the same edge
-    away = turn - torch.arange(EDGE_BINS, device=pixels.device)[:, None, None]  # (B, bins, S, S)
-    away = (away + EDGE_BINS / 2) % EDGE_BINS - EDGE_BINS / 2
-    votes = torch.hypot(dx, dy) * (1 - away.abs()).clamp_min(0)  # for the two nearest bins
+    (B, 3, S, S) -> (B, N, bins). Bin i counts gradients at i / bins of half a turn in the 3 x 3
+    patches around each patch. A row's length nears 1 where edges are many, 0 where all is flat.
+    """
+    grey = F.pad(pixels.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    dx = grey[:, :, 1:-1, 2:] - grey[:, :, 1:-1, :-2]
+    dy = grey[:, :, 2:, 1:-1] - grey[:, :, :-2, 1:-1]
+    angles = torch.arange(bins, device=pixels.device)[:, None, None] * math.pi / bins
+    likeness = (torch.atan2(dy, dx) - angles).cos().square()  # half a turn is the same edge
+    votes = torch.hypot(dx, dy) * likeness.square().square()  # (B, bins, S, S)
     means = F.avg_pool2d(votes, 3 * patch, patch, padding=patch).flatten(2).mT  # (B, N, bins)
     return means / (means.norm(dim=-1, keepdim=True) + 0.01)
 
 
 class TinyCLIP(nn.Module):
-    """Stand-in where pretrained weights can't be had: a timm ViT, contrastive against captions.
+    """Stand-in where pretrained weights are not at hand: a timm ViT, contrastive against captions.
 
     Its vectors are a narrow learned bottleneck of the tower's tokens. A contrastive loss alone
-    forgets what captions leave out, and a mean over local evidence suffices for it. So each vector
-    must also rebuild its patch's pixels, and tell the edges around it: only then can the shape of
-    an object be read from the vector in its middle. A departure from CLIP, which has scale instead.
+    forgets what captions leave out. So each vector must also rebuild its patch's pixels and tell
+    the edges around it. This is a departure from CLIP, which has scale instead.
     """
 
-    def __init__(self, side, shape, width, depth, heads, vocabulary: int, noise: float):
-        """shape (N, C) of the vectors; noise is added to them before the losses read them."""
+    def __init__(self, config, side, vocabulary):
         super().__init__()
-        tokens, channels = shape
-        patch = side // math.isqrt(tokens)
-        size = dict(img_size=side, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads)
-        # the tokens are used, and so the norm belongs on them
-        ending = dict(num_classes=0, class_token=False, global_pool="avg", fc_norm=False)
+        width, channels = config.clip_width, config.channels
+        self.patch = side // math.isqrt(config.tokens)
+        size = {"img_size": side, "patch_size": self.patch, "embed_dim": width, "depth": 3}
+        size["num_heads"] = width // HEAD_DIM
+        # the tokens are what is used, so the last norm belongs on them
+        ending = {"num_classes": 0, "class_token": False, "global_pool": "avg", "fc_norm": False}
         self.tower = timm.create_model("vit_tiny_patch16_224", **size, **ending)
-        self.noise, self.patch = noise, patch
         self.bottleneck = nn.Linear(width, channels)
         self.image_head = mlp(channels, width, width)
-        self.pixel_head = mlp(channels, 4 * width, 3 * patch**2)
-        self.edge_head = mlp(channels, width, EDGE_BINS)
+        self.pixel_head = mlp(channels, 4 * width, 3 * self.patch**2)
+        self.edge_head = mlp(channels, width, 8)
         self.words = nn.Embedding(vocabulary, width)
-        self.text = Trunk(width, 2, heads)
-        self.text_head = nn.Linear(width, width, bias=False)
+        self.text = Trunk(width, 2)
+        self.text_head = linear(width, width)
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
         nn.init.normal_(self.words.weight, std=0.5)
 
-    def vectors(self, pixels: Tensor) -> Tensor:
+    def vectors(self, pixels):
         """The image's vectors, each of unit variance: (B, 3, S, S) -> (B, N, C)."""
         tokens = self.bottleneck(self.tower.forward_features(pixels))
         return F.layer_norm(tokens, tokens.shape[-1:])
 
-    def embed_images(self, vectors: Tensor) -> Tensor:
-        return F.normalize(self.image_head(vectors).mean(1), dim=-1)  # (B, D)
-
-    def embed_texts(self, ids: Tensor) -> Tensor:
+    def logits(self, vectors, ids):
+        """How well pictures' vectors (B, N, C) fit captions (B, T): scaled cosines (B, B)."""
+        images = F.normalize(self.image_head(vectors).mean(1), dim=-1)  # (B, D)
         states = self.text(self.words(ids), ids != PAD)
-        return F.normalize(self.text_head(states[:, -1]), dim=-1)  # (B, D)
+        texts = F.normalize(self.text_head(states[:, -1]), dim=-1)  # (B, D)
+        return self.log_scale.exp().clamp(max=100) * images @ texts.T
 
-    def forward(self, pixels, ids, same, noise: Tensor | float = 0.0) -> dict[str, Tensor]:
-        """Losses of pictures (B, 3, S, S) and captions (B, T); same (B, B) marks equal captions.
+    def rebuild(self, vectors):
+        """The pixel head's blurred picture: (B, N, C) -> (B, 3, S, S)."""
+        patches = self.pixel_head(vectors).mT  # (B, 3 patch^2, N)
+        grid = patches.unflatten(2, (math.isqrt(patches.shape[2]), -1))
+        return F.pixel_shuffle(grid, self.patch)
 
-        noise (B, N, C) is scaled by `self.noise`. One contrastive loss, the others for each row.
-        """
-        vectors = self.vectors(pixels) + self.noise * noise
-        scale = self.log_scale.exp().clamp(max=100)
-        logits = scale * self.embed_images(vectors) @ self.embed_texts(ids).T  # (B, B)
+    def forward(self, pixels, ids, same, generator):
+        """Pictures (B, 3, S, S), captions (B, T), same (B, B) marks equal ones -> losses (B,)."""
+        vectors = self.vectors(pixels)
+        # under a little noise, nothing can hide in the last digits of a vector
+        vectors = vectors + 0.05 * draw_noise(vectors, generator)
+        logits = self.logits(vectors, ids)
         target = same / same.sum(1, keepdim=True)  # symmetric, so it serves both directions
         contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        missed = self.edge_head(vectors) - edge_histograms(pixels, self.patch)  # (B, N, bins)
-        edges = missed.square().sum(-1).mean(1)
-        error = pixel_error(self.rebuild(vectors), pixels)
-        return {"contrastive": contrastive, "pixels": error, "edges": edges}
-
-    def rebuild(self, vectors: Tensor) -> Tensor:
-        """The pixel head's picture, a blurred preview: (B, N, C) -> (B, 3, S, S)."""
-        h, side = self.pixel_head(vectors), math.isqrt(vectors.shape[1])
-        return rearrange(h, "b (r k) (c p q) -> b c (r p) (k q)", r=side, c=3, p=self.patch)
+        error = self.edge_head(vectors) - edge_histograms(pixels, self.patch)  # (B, N, bins)
+        edges = error.square().sum(-1).mean(1)
+        return contrastive + 20 * pixel_error(self.rebuild(vectors), pixels) + 50 * edges
 
 
-# -------------------------------------------------------------------------------- the backbone
+# ---------------------------------------------------------------------------------- the backbone
 
 
-class Unified(nn.Module):
-    """The backbone: reads text and image vectors, writes text, and turns a prompt into queries.
+class Backbone(nn.Module):
+    """One causal transformer that reads text and images and writes text (paper, section 2).
 
-    One causal transformer (paper, section 2): understanding puts an image's vectors before the
-    text; generation puts the learned queries after the prompt, whose last-layer states condition
-    the flow head.
+    Understanding puts an image's vectors before the text. Generation puts the learned queries
+    after the prompt, and their last states condition the flow head.
     """
 
-    def __init__(self, vocabulary: int, shape, queries: int, width: int, depth: int, heads: int):
+    def __init__(self, config, vocabulary, channels):
         super().__init__()
-        tokens, channels = shape  # (N, C) of an image's vectors
+        width = config.width
         self.words = nn.Embedding(vocabulary, width)
         self.projector = mlp(channels, width, width)
-        self.places = nn.Parameter(torch.randn(tokens, width) * 0.5)
+        self.position_embedding = nn.Parameter(torch.randn(config.tokens, width) * 0.5)
         # small beside what they read: else their states differ by query and hardly by prompt
-        self.queries = nn.Parameter(torch.randn(queries, width) * 0.02)
-        self.trunk = Trunk(width, depth, heads)
-        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.queries = nn.Parameter(torch.randn(config.queries, width) * 0.02)
+        self.trunk = Trunk(width, config.depth)
+        self.head = linear(width, vocabulary)
         nn.init.normal_(self.words.weight, std=0.5)
-        nn.init.zeros_(self.head.weight)
+        zero(self.head)
 
-    def embed(self, ids: Tensor, vectors: Tensor | None = None) -> Tensor:
-        """ids (B, T) and the vectors of a row's images (B, N, C) in order -> (B, T, D)."""
-        x = fill(self.words(ids), ids == QUERY, self.queries.expand(len(ids), -1, -1))
+    def embed(self, ids, vectors=None):
+        """ids (B, T), the vectors of each row's image (B, N, C) -> (B, T, D)."""
+        x = self.words(ids)
+        queries = self.queries.expand(len(ids), -1, -1)  # fill the slots of each row in order
+        x = x.masked_scatter((ids == QUERY)[..., None], queries)
         if vectors is None:
             return x
-        return fill(x, ids == IMAGE, self.projector(vectors) + self.places)
+        seen = self.projector(vectors) + self.position_embedding
+        return x.masked_scatter((ids == IMAGE)[..., None], seen.type_as(x))
 
-    def states(self, ids: Tensor, vectors: Tensor | None = None) -> Tensor:
+    def states(self, ids, vectors=None):
         return self.trunk(self.embed(ids, vectors), ids != PAD)  # (B, T, D)
 
-    def forward(self, ids: Tensor, learn: Tensor, vectors: Tensor | None = None) -> Tensor:
-        """Cross-entropy of the tokens marked in learn (B, T), each from those before it -> (B,).
-
-        It is the mean over a row's tokens: rows count alike, however a batch is divided.
-        """
+    def forward(self, ids, learn, vectors=None):
+        """Cross-entropy of the tokens marked in learn (B, T), each from those before it -> (B,)."""
         logits = self.head(self.states(ids, vectors)[:, :-1])  # (B, T - 1, V)
-        learn, truth = learn[:, 1:], ids[:, 1:]
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), truth.flatten(), reduction="none")
+        learn = learn[:, 1:]
+        truth = ids[:, 1:].flatten()
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), truth, reduction="none")
         return (losses.view_as(learn) * learn).sum(1) / learn.sum(1).clamp_min(1)
 
-    def repeat(self, ids: Tensor, words: int = 3) -> Tensor:
+    def repeat_loss(self, ids, words=3):
         """How badly the queries, which end every row, repeat its prompt: (B, T) -> losses (B,).
 
-        The state at the last query is to name the prompt's last words, the one before it those
-        before, and so on. The head that all words share makes it a code in which "red" is the same
-        beside any noun: a flow head that reads it can draw pairs that it has never seen.
+        The state at the last query is to name the prompt's last three tokens, the one before it the
+        three that end one token earlier. With the prompt "a b c d" and two queries: the second
+        names d, c, b; the first names c, b, a. So "red" becomes the same code beside any noun, and
+        a flow head that reads it can draw pairs that it has never seen.
         """
-        count, losses, kept = len(self.queries), 0, 0
-        logits = self.head(self.states(ids)[:, -count:]).mT.float()  # (B, V, Q)
-        ids = F.pad(ids, (count + words, 0), value=PAD)
-        for back in range(words):
-            said = ids[:, -2 * count - back : -count - back]  # (B, Q)
-            losses = losses + F.cross_entropy(logits, said, reduction="none", ignore_index=PAD)
-            kept = kept + (said != PAD)
-        return losses.sum(1) / kept.sum(1).clamp_min(1)
+        count = len(self.queries)
+        log_p = self.head(self.states(ids)[:, -count:]).float().log_softmax(-1)  # (B, Q, V)
+        prompt = F.pad(ids[:, :-count], (count + words, 0), value=PAD)
+        targets = prompt.unfold(1, words, 1)[:, -count:]  # (B, Q, words)
+        named = targets != PAD
+        return -(log_p.gather(2, targets) * named).sum((1, 2)) / named.sum((1, 2)).clamp_min(1)
 
-    def query_states(self, ids: Tensor) -> Tensor:
-        """States at the queries, which end every row: (P, T) -> (P, M, D).
+    def query_states(self, ids):
+        """States at the queries, which end every row: (P, T) -> (P, Q, D).
 
-        The frozen prefix needs no gradient: it is read once into the caches, and the queries,
+        The frozen prefix needs no gradient. It is read once into the caches, and the queries,
         which are learned, follow. With a trainable backbone use `states`.
         """
         count = len(self.queries)
-        caches, valid = self.trunk.new_caches(), ids != PAD
+        valid = ids != PAD
+        caches = [[] for _ in self.trunk.blocks]
         with torch.no_grad():
             self.trunk(self.embed(ids[:, :-count]), valid[:, :-count], caches)
         return self.trunk(self.queries.expand(len(ids), -1, -1), valid, caches)
 
     @torch.no_grad()
-    def write(self, ids: Tensor, vectors: Tensor | None = None, limit: int = 64) -> list[list[int]]:
-        """Continues rows (B, T) that end in an open <bot> until <eos> or `limit` tokens."""
-        caches, valid = self.trunk.new_caches(), ids != PAD
-        x, written, done = self.embed(ids, vectors), [], torch.zeros(len(ids), dtype=torch.bool)
-        for _ in range(limit):
-            logits = self.head(self.trunk(x, valid, caches)[:, -1]).float().cpu()  # (B, V)
-            token = logits.argmax(-1).masked_fill(done, PAD)
-            done |= token == EOS
+    def write(self, ids, vectors=None, limit=64):
+        """Continues rows (B, T) that end in an open <bot>, greedily, until <eos> or `limit`."""
+        caches = [[] for _ in self.trunk.blocks]
+        valid = ids != PAD
+        x = self.embed(ids, vectors)
+        done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        written = []
+        while len(written) < limit and not done.all():
+            states = self.trunk(x, valid, caches)
+            token = self.head(states[:, -1]).argmax(-1)  # (B,)
+            done = done | (token == EOS)
             written.append(token.masked_fill(done, PAD))
-            if done.all():
-                break
-            token = token.to(ids.device)
             x = self.words(token)[:, None]
-            valid = torch.cat([valid, (token != PAD)[:, None]], dim=1)
+            valid = F.pad(valid, (0, 1), value=True)
         rows = torch.stack(written, dim=1).tolist()
-        return [[token for token in row if token != PAD] for row in rows]
-
-
-def fill(x: Tensor, slots: Tensor, values: Tensor) -> Tensor:
-    """Puts values (B, n, D), in order and again from the start, where slots (B, T) is true."""
-    order = (slots.cumsum(1) - 1).clamp_min(0) % values.shape[1]  # (B, T)
-    chosen = values.gather(1, order[..., None].expand(-1, -1, values.shape[-1]))
-    return torch.where(slots[..., None], chosen, x)
+        return [[i for i in row if i != PAD] for row in rows]
 
 
 # ------------------------------------------------------------------------------ the whole system
 
 
 class BLIP3o(nn.Module):
-    """All parts under one roof: CLIP tower, VAE, backbone, flow head, decoder, and statistics.
+    """All parts under one roof, and the way from a prompt to pixels.
 
-    `config` has the fields of train.Config that are named below. With a named timm tower `clip`
-    is None: its features come with the prepared set, `raw_channels` wide.
+    config is a train.Config. With a timm tower the prepared set holds its features, `channels`
+    wide, and `clip` is None.
     """
 
-    def __init__(self, config, vocabulary: int, side: int, raw_channels: int | None = None):
+    def __init__(self, config, vocabulary, side, channels=None):
         super().__init__()
-        c, vectors, latents = config, (config.tokens, config.channels), (side // VAE.factor) ** 2
+        c = config
+        self.config = c
+        self.clip = None if channels else TinyCLIP(c, side, vocabulary)
+        self.vae = VAE(c.vae_width)
+        channels = channels or c.channels
+        latents = ((side // VAE.factor) ** 2, VAE.channels)
+        normalise = {"clip": Normalise(channels), "vae": Normalise(VAE.channels)}
+        self.normalise = nn.ModuleDict(normalise)
+        self.backbone = Backbone(c, vocabulary, channels)
+        self.head = DiT(
+            shape=(c.tokens, channels) if c.target == "clip" else latents,
+            context=c.width,
+            width=c.head_width,
+            depth=c.head_depth,
+            patch=c.head_patch,
+            cross=True,
+            predicts=c.predicts,
+            self_conditioning=c.self_conditioning and c.objective == "flow",
+        )
+        self.decoder = DiT(
+            shape=latents,
+            context=channels,
+            width=c.decoder_width,
+            depth=c.decoder_depth,
+            patch=2,
+            cross=False,
+            predicts=c.predicts,
+            self_conditioning=False,
+        )
 
-        def size(width, depth):
-            return width, depth, width // c.head_dim
+    def forward(self, loss, generator, batch):
+        """The mean loss of a batch; a forward, so that DistributedDataParallel can wrap it."""
+        return loss(self, generator, **batch).mean()
 
-        towers = (side, vectors, *size(c.clip_width, c.clip_depth), vocabulary, c.clip_noise)
-        self.clip = TinyCLIP(*towers) if raw_channels is None else None
-        self.treatment = Treatment(raw_channels or c.channels, c.channels)
-        self.vae = VAE(c.vae_width, c.vae_depth)
-        self.latent_treatment = Treatment(4, 4)
-        self.target, self.objective = c.target, c.objective
-        self.backbone = Unified(vocabulary, vectors, c.queries, *size(c.width, c.depth))
-        grid, recalls = vectors if c.target == "clip" else (latents, 4), c.objective == "flow"
-        flow = {"patch": c.dit_patch, "predicts": c.predicts, "recalls": c.recalls and recalls}
-        self.head = DiT(grid, c.width, *size(c.dit_width, c.dit_depth), **flow)
-        decoder, patch = size(c.decoder_width, c.decoder_depth), c.decoder_patch
-        self.decoder = DiT((latents, 4), c.channels, *decoder, patch=patch, cross=False)
-
-    def imagine(self, ids: Tensor, noise: Tensor, **flow) -> Tensor:
+    def imagine(self, ids, noise, **flow):
         """Prompts that end in the queries (B, T), noise (B, N, C) -> what the head makes (B, N, C):
-        vectors, or latents if those are its target. A regression is one step from no noise and has
-        no guidance, since what is wanted is what the head has learned."""
-        if self.objective == "mse":
-            noise, flow = 0 * noise, flow | {"steps": 1, "guidance": 1.0}
-        return sample_flow(self.head, noise, self.backbone.query_states(ids), **flow)
+        vectors, or latents if those are its target. A regression is one step from no noise."""
+        states = self.backbone.query_states(ids)
+        if self.config.objective == "mse":
+            return sample_flow(self.head, torch.zeros_like(noise), states, steps=1)
+        return sample_flow(self.head, noise, states, **flow)
 
-    def paint(self, vectors: Tensor, noise: Tensor, **flow) -> Tensor:
+    def paint(self, vectors, noise, **flow):
         """Vectors (B, N, C), noise (B, n, 4) -> pictures (B, S, S, 3) uint8."""
         return self.develop(sample_flow(self.decoder, noise, vectors, **flow))
 
-    def develop(self, latents: Tensor) -> Tensor:
-        """Treated latents (B, n, 4) -> pictures (B, S, S, 3) uint8."""
-        return to_images(self.vae.decode(self.latent_treatment.inverse(latents)))
+    def develop(self, latents):
+        """Normalised latents (B, n, 4) -> pictures (B, S, S, 3) uint8."""
+        return to_images(self.vae.decode(self.normalise["vae"].inverse(latents)))
