@@ -132,7 +132,10 @@ class Studio:
         """A picture file -> the picture (1, S, S, 3) uint8, its normalised vectors (1, N, C)."""
         sides = [self.facts["side"]]
         sides.append(sides[0] if self.net.clip else self.tower.side)
-        small, large = D.open_picture(Path(file).read_bytes(), sides)
+        try:
+            small, large = D.open_picture(Path(file).read_bytes(), sides)
+        except ValueError as error:
+            raise ValueError(f"--image {file}: {error}") from error
         return small[None], self.see(large[None])
 
     def answer(self, vectors, questions):
@@ -153,7 +156,6 @@ def save_grid(path, images, labels, columns):
         sheet.paste(Image.fromarray(image), corner)
     for i, label in enumerate(labels):
         ImageDraw.Draw(sheet).text((4, i * row + tile + 2), label, fill="black")
-    path.parent.mkdir(parents=True, exist_ok=True)
     D.write_whole(path, lambda temporary: sheet.save(temporary, "PNG"))
     print(path)
 
@@ -162,6 +164,10 @@ def sample(s):
     """Does what the settings ask for."""
     path = find_run(s.run)
     print(f"weights {path}")
+    try:  # before anything is drawn
+        Path(s.out).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {s.out}: {error}") from error
     studio = Studio(path, s)
     if s.prompts:
         texts = [text for text in s.prompts for _ in range(s.count)]

@@ -227,12 +227,9 @@ def train_stage(run, name):
     averages |= run.progress["averages"]
     for keeper, state in zip(keepers, run.progress["states"]):
         keeper.load_state_dict(state)
-    net = model
-    if WORLD > 1:
-        net = DistributedDataParallel(model, find_unused_parameters=True)
+    net = DistributedDataParallel(model, find_unused_parameters=True) if WORLD > 1 else model
     batches = Batches(run, name, run.data.train_ids).read(first, steps)
-    size = sum(p.numel() for p in learned.values()) / 1e6
-    title = f"{name} ({size:.2f} M learn)"
+    title = f"{name} ({sum(p.numel() for p in learned.values()) / 1e6:.2f} M learn)"
     bar = tqdm(range(first, steps), title, steps, initial=first, unit="step", disable=RANK > 0)
     for step in bar:
         rate = learning_rate(c, step, steps)
@@ -246,13 +243,14 @@ def train_stage(run, name):
             scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(learned.values(), 1.0)
         for optimizer in optimizers:
-            scaler.step(optimizer)
+            if run.dtype is not torch.float16 or norm.isfinite():  # of both optimisers together
+                scaler.step(optimizer)
             optimizer.zero_grad()
         scaler.update()
         decay = min(c.ema, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)(list(averages.values()), list(learned.values()), step)
         save = (step + 1) % c.save_every == 0
-        if step % 10 == 0 or save:  # seldom: reading a value waits for the device
+        if save or step % 10 == 0 or step + 1 == steps:  # seldom: the device has to wait
             run.log(bar, name, step, loss=loss.item(), norm=norm.item(), rate=rate)
         if save:
             run.save(name, step + 1, averages, keepers)
@@ -391,7 +389,8 @@ def choose_machine(c):
     pays = card >= (7, 0) or (device.type == "cpu" and c.generate_steps + c.tune_steps >= 500)
     compiled = (c.compile == "on" or (c.compile == "auto" and pays)) and can_compile(device)
     # others emulate bf16; on a CPU that does not compile, copies eat up its gain
-    native = card >= (8, 0) or (compiled and torch.cpu._is_avx512_bf16_supported())
+    cpu = device.type == "cpu" and compiled and torch.cpu._is_avx512_bf16_supported()
+    native = cpu or card >= (8, 0)
     best = "bf16" if native else "fp16" if device.type == "cuda" else "fp32"
     precision = best if c.precision == "auto" else c.precision
     print(f"{device}, {precision}, compiled: {compiled}, {torch.get_num_threads()} threads")

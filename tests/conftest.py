@@ -1,5 +1,6 @@
-"""What all tests share: `--long`, two threads, and one run of the micro preset."""
+"""What all tests share: --long, two threads or OMP_NUM_THREADS, a finished run of a second."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -7,10 +8,17 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 import data  # noqa: E402  (found through the line above)
 import train  # noqa: E402
+
+STAGES = ("clip", "vae", "decode", "understand", "generate", "tune")
+WIDTHS = ("clip_width", "width", "head_width", "decoder_width")
+SIZES = {f"{stage}_steps": 6 for stage in STAGES} | dict.fromkeys(WIDTHS, 32)
+SIZES |= {f"{stage}_batch": 4 for stage in STAGES[1:5]}
+SIZES |= {"clip_batch": 8, "generate_draws": 2, "depth": 1, "head_depth": 1, "decoder_depth": 1}
+SIZES |= {"vae_width": 16, "save_every": 4, "device": "cpu", "precision": "fp32"}
 
 
 def pytest_addoption(parser):
@@ -30,16 +38,15 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def micro_flags(tmp_path_factory) -> list[str]:
-    """Flags of train.py for the micro preset on a prepared set of 600 scenes; --out is missing."""
-    folder = tmp_path_factory.mktemp("data")
-    data.prepare_shapes(folder, count=600)
-    machine = ["--device", "cpu", "--precision", "fp32"]
-    return ["--preset", "micro", "--data", str(folder), *machine]
+    """Flags of train.py for a run of a second on a prepared set of 600 scenes; --out is missing."""
+    folder = str(tmp_path_factory.mktemp("set"))
+    data.main(["shapes", "--out", folder, "--count", "600"])
+    return ["--data", folder, *(f"--{name}={value}" for name, value in SIZES.items())]
 
 
 @pytest.fixture(scope="session")
 def micro_run(micro_flags, tmp_path_factory) -> Path:
-    """Folder of a finished run of the micro preset; tests read it and change only copies."""
+    """Folder of a finished run with those flags; tests read it and change only copies."""
     out = tmp_path_factory.mktemp("run")
     train.main([*micro_flags, "--out", str(out)])
     return out

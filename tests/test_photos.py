@@ -68,7 +68,9 @@ def read(source):
 
 
 def prepare(out, *sources, **how):
-    return data.Photos(sources=tuple(str(source) for source in sources), out=str(out), **how).prepare()
+    return data.Photos(
+        sources=tuple(str(source) for source in sources), out=str(out), **how
+    ).prepare()
 
 
 # --------------------------------------------------------------------------- shards and folders
