@@ -202,7 +202,7 @@ def random_scene(rng):
 
 
 def coverage(shape, dx, dy, width):
-    """Share of each pixel inside a shape of this width whose box centre lies (dx, dy) away."""
+    """Share inside a shape of this width of pixels at (dx, dy), seen from its box's centre."""
     return np.clip(0.5 - SHAPES[shape].distance(dx, dy, width), 0, 1)
 
 
@@ -535,7 +535,7 @@ class PreparedSet:
     def rows(self, name, ids):
         """Rows of "images" (B, S, S, 3) uint8, or of a tower's "features" (B, N, C) float16."""
         numbers = np.searchsorted(self.ends, ids, "right")
-        # a negative index counts from the end of its part
+        # i - ends[n] is negative: it counts from the end of part n
         return torch.stack([self.parts[n][name][i - self.ends[n]] for n, i in zip(numbers, ids)])
 
 

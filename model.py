@@ -113,9 +113,9 @@ def attention(q, k, v, mask=None):
 
     mask (B, 1, T, M) is true where a query may look.
     """
+    # Compiled for a CPU in bf16, a step with the fused kernel takes twice as long as the formula.
     if q.device.type != "cpu" or not torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    # compiled for a CPU in bf16, a step with the fused kernel takes twice as long
     scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, M)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
@@ -230,10 +230,11 @@ class Trunk(nn.Module):
     def forward(self, x, valid, caches=None):
         """Embeddings (B, T, D), valid (B, past + T) false at padding -> states (B, T, D).
 
-        caches is None, or one list for each block (see `Attention`), empty at first.
+        valid is of cached and new positions. caches is None, or one list for each block (see
+        `Attention`), empty at first.
         """
         keys = torch.arange(valid.shape[1], device=x.device)
-        new = keys[-x.shape[1] :]  # positions of x among all of them
+        new = keys[-x.shape[1] :]  # the last T of these positions are x's
         causal = keys[None, :] <= new[:, None]  # (T, past + T)
         # a padded position sees itself: a softmax over nothing would be NaN
         own = keys[None, :] == new[:, None]
@@ -248,8 +249,8 @@ class Trunk(nn.Module):
 
 
 class AdaLN(nn.Module):
-    """adaLN-Zero (DiT, section 3.2): the time shifts and scales what a sublayer reads and gates
-    what it adds. All three start at zero, so each block starts as the identity."""
+    """adaLN-Zero (DiT, section 3.2): the time and the pooled condition shift and scale what a
+    sublayer reads and gate what it adds. All start at zero: each block starts as the identity."""
 
     def __init__(self, width):
         super().__init__()
@@ -280,8 +281,8 @@ class DiTBlock(nn.Module):
         x = x + gate * self.attention(h)
         if self.cross is not None:
             h, gate = self.cross_norm(x, time)
-            # The K draws of a prompt look at its M tokens together, so that keys and values are
-            # made once: with P = 2, K = 4, N = 16, (8, 16, D) becomes (2, 64, D).
+            # Cross-attention does not mix queries. So the K draws of a prompt stand in one row, and
+            # keys and values are made once: P = 2, K = 4, N = 16: (8, 16, D) -> (2, 64, D).
             h = rearrange(h, "(p k) n d -> p (k n) d", p=len(context))
             h = self.cross(h, context)
             x = x + gate * rearrange(h, "p (k n) d -> (p k) n d", n=x.shape[1])
@@ -292,7 +293,8 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """Diffusion transformer over a square grid of vectors; one class for both flow networks.
 
-    shape     (N, C) of the grid; context is L, the width of the conditioning tokens
+    shape     (N, C) of the grid
+    context   L, the width of the condition's tokens. Their mean also joins the time, in each block
     patch     groups patch x patch neighbours of the grid into one token
     cross     true: cross-attention reads the condition (the queries' states);
               false: the condition lies on a grid of its own, is resized and added, for a decoder
@@ -368,7 +370,7 @@ def interpolate(noise, x, t):
 def shift_time(t, shift):
     """Moves times towards the noise (shift > 1), which large grids need (SD3, RAE): [0,1]->[0,1].
 
-    With s = 1 - t the share of noise: s' = shift s / (1 + (shift - 1) s).
+    The share of noise s = 1 - t becomes shift s / (1 + (shift - 1) s): with shift 2, 1/2 -> 2/3.
     """
     s = 1 - t
     return 1 - shift * s / (1 + (shift - 1) * s)
@@ -377,8 +379,8 @@ def shift_time(t, shift):
 def velocity(dit, x_t, t, cond, guess=None):
     """The velocity that `dit` stands for, estimating x - noise; arguments and shapes as in `DiT`.
 
-    If `dit` predicts the data x, it is (x - x_t) / (1 - t). The floor of 0.05 keeps that finite at
-    t = 1. The loss so weighs errors of x by 1 / (1 - t)^2, at most 400.
+    If `dit` predicts the data x, it is (x - x_t) / (1 - t), and an error of x weighs 1 / (1 - t)^2.
+    Above t = 0.95 the divisor stays 0.05, and the best output lies a little beyond x.
     """
     out = dit(x_t, t, cond, guess)
     if dit.predicts == "v":
@@ -407,7 +409,8 @@ def flow_loss(dit, x, cond, generator, shift=1.0):
 
 @torch.no_grad()
 def first_guess(dit, x_t, t, cond):
-    """What a first call makes of the data, for the first half of the prompts; else zeros."""
+    """A first call's guess of the data for half of the prompts. The others get zeros, so that the
+    net also learns to start without a guess."""
     prompts = (len(cond) + 1) // 2
     rows = prompts * (len(x_t) // len(cond))
     v = velocity(dit, x_t[:rows], t[:rows], cond[:prompts])
@@ -669,10 +672,10 @@ class Backbone(nn.Module):
     def repeat_loss(self, ids, words=3):
         """How badly the queries, which end every row, repeat its prompt: (B, T) -> losses (B,).
 
-        The state at the last query is to name the prompt's last three tokens, the one before it the
-        three that end one token earlier. With the prompt "a b c d" and two queries: the second
-        names d, c, b; the first names c, b, a. So "red" becomes the same code beside any noun, and
-        a flow head that reads it can draw pairs that it has never seen.
+        One distribution at each query is to hold three tokens, in no order: the prompt's last three
+        at the last query, one token earlier at each query before. For "a b c d" and two queries:
+        {a, b, c}, then {b, c, d}. The best loss is log 3. So "red" becomes the same code beside
+        any noun, and a flow head that reads it can draw pairs that it has never seen.
         """
         count = len(self.queries)
         log_p = self.head(self.states(ids)[:, -count:]).float().log_softmax(-1)  # (B, Q, V)
@@ -684,8 +687,8 @@ class Backbone(nn.Module):
     def query_states(self, ids):
         """States at the queries, which end every row: (P, T) -> (P, Q, D).
 
-        The frozen prefix needs no gradient. It is read once into the caches, and the queries,
-        which are learned, follow. With a trainable backbone use `states`.
+        The prompt passes once without gradient, into the caches; then the queries pass with it.
+        This is right only while the backbone is frozen. Otherwise use `states`.
         """
         count = len(self.queries)
         valid = ids != PAD
@@ -756,7 +759,8 @@ class BLIP3o(nn.Module):
         )
 
     def forward(self, loss, generator, batch):
-        """The mean loss of a batch; a forward, so that DistributedDataParallel can wrap it."""
+        """The mean of loss(model, generator, **batch), a function of train.STAGES. It is a forward
+        so that DistributedDataParallel sees it."""
         return loss(self, generator, **batch).mean()
 
     def imagine(self, ids, noise, **flow):

@@ -150,6 +150,7 @@ def understand_batch(run, ids, rng):
 
 
 def understand_loss(model, generator, ids, learn=None, vectors=None):
+    """Without `learn` the rows are prompts to repeat, otherwise dialogues about pictures."""
     if learn is None:
         return model.backbone.repeat_loss(ids)
     return model.backbone(ids, learn, model.normalise["clip"](vectors))
@@ -453,7 +454,7 @@ class Run:
         fits = {k: x for k, x in weights.items() if k in own and x.shape == own[k].shape}
         anew = {name.split(".")[0] for name in own.keys() - fits.keys()}
         if anew:
-            print(f"--init has other sizes of {', '.join(sorted(anew))}, which start anew")
+            print(f"the checkpoint has other sizes of {', '.join(sorted(anew))}, which start anew")
         self.model.load_state_dict(fits, strict=False)
         self.model.to(self.device)
         self.seconds = dict(self.progress["seconds"])
@@ -462,7 +463,7 @@ class Run:
     def check_same(self, state):
         """ValueError where the run began with another set or other settings.
 
-        Those named after a stage, such as --tune_steps, may change until that stage begins.
+        Those whose name begins with a stage's, such as --tune_steps, may change until it begins.
         """
         used = ORDER.index(self.progress["stage"]) + (self.progress["step"] > 0)
         for name, value in asdict(self.config).items():

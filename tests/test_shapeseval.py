@@ -62,7 +62,7 @@ def test_ceiling():
 def star(dx, dy, width):
     """Signed distance of a five-pointed star, folded to half of one tip."""
     outer, tenth = width / 1.902, np.pi / 5
-    dy = dy + 0.0955 * outer  # the tips' circle lies below the box's centre
+    dy = dy - 0.0955 * outer  # the tips' circle lies below the box's centre
     angle = np.abs((np.arctan2(dx, -dy) + tenth) % (2 * tenth) - tenth)
     across = np.hypot(dx, dy) * np.stack([np.cos(angle), np.sin(angle)])  # along the tip, beside it
     notch = 0.382 * np.array([np.cos(tenth), np.sin(tenth)])
