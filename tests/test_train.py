@@ -536,6 +536,7 @@ def observed(prepared, stage, *flags):
 
 @pytest.mark.parametrize("name", [f.name for f in fields(train.Config) if f.name not in ELSEWHERE])
 def test_every_flag_is_alive(prepared, name):
-    """Another value makes another loss, weight, shape or checkpoint."""
+    """Another value makes another loss, weight, shape or checkpoint; the same value the same."""
     flag, stage = ALIVE[name]
-    assert observed(prepared, stage, flag) != observed(prepared, stage)
+    plain = observed(prepared, stage)
+    assert plain == observed(prepared, stage) and plain != observed(prepared, stage, flag)
