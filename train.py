@@ -17,7 +17,7 @@ import sys
 import time
 from collections import namedtuple
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -89,6 +89,12 @@ class Config:
     lr: float = 3e-3  # peak learning rate
     weight_decay: float = 0.3  # decoupled, on matrices
     ema: float = 0.99  # decay of the averaged weights, which are what is kept
+
+    def __post_init__(self):
+        for f in fields(self):
+            least = 0 if f.name == "seed" or f.name.endswith("_steps") else 1
+            if f.type is int and getattr(self, f.name) < least:
+                raise ValueError(f"--{f.name} {getattr(self, f.name)}: expected {least} or more")
 
 
 # settings that may change when a run continues

@@ -488,7 +488,9 @@ def test_init_keeps_the_weights_of_stages_without_steps(capsys, micro_flags, mic
 
 
 BAD = "--step=3 --dept=3 --clip_steps=1.5 --predicts=noise @/nowhere --data=/none --lr=nan"
-BAD += " --device=abacus --width=33 --tokens=60 --vae_width=20"
+BAD += " --device=abacus --width=33 --tokens=60 --vae_width=20 --save_every=0 --accumulate=0"
+BAD += " --head_patch=0 --tokens=0 --queries=0 --channels=0 --width=0 --vae_batch=0 --vae_steps=-3"
+BAD += " --generate_draws=0 --seed=-1"
 
 
 @pytest.mark.parametrize("flag", BAD.split())
