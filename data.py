@@ -157,22 +157,29 @@ def relations(a, b, least=0.5):
     return {name for name, direction in RELATIONS.items() if offset @ direction > least}
 
 
-def place(pairs, rng, relation=None):
-    """Random Objects of these (shape, color): 1 px from the border, boxes 2 px apart.
+def place(pairs, rng, relation=None, beside=(), width=None, tries=10**9):
+    """Random Objects of these (shape, color), then those of `beside`, which stay where they are.
 
-    A relation holds from object 0 to object 1, with a margin. A scene that jams starts again with
-    the same sizes: size must not betray the count.
+    Each is 1 px from the border, and boxes are 2 px apart. A relation holds from object 0 to
+    object 1, with a margin. A scene that jams starts again with the same sizes: size must not
+    betray the count. After so many tries the answer is [].
     """
-    ratios = [(1, SHAPES[shape].height) for shape, _ in pairs]
-    sizes = rng.uniform(14, 26, (len(pairs), 1)) * ratios  # (objects, 2)
-    while True:
+    ratios = np.array([(1, SHAPES[shape].height) for shape, _ in pairs])
+    sizes = (width or rng.uniform(14, 26, (len(pairs), 1))) * ratios  # (objects, 2)
+    fixed = np.reshape([o[2:] for o in beside], (-1, 4))
+    for _ in range(tries):
         centres = rng.uniform(1 + sizes / 2, SIDE - 1 - sizes / 2)
-        gaps = np.abs(centres[:, None] - centres) - (sizes[:, None] + sizes) / 2
-        apart = (gaps.max(-1) >= 2) | np.eye(len(pairs), dtype=bool)
-        boxes = np.concatenate([centres, sizes], axis=1).tolist()
-        objects = [Object(*pair, *box) for pair, box in zip(pairs, boxes)]
-        if apart.all() and (not relation or relation in relations(*objects[:2], least=0.55)):
+        boxes = np.concatenate([np.concatenate([centres, sizes], axis=1), fixed])
+        at, size = boxes[:, :2], boxes[:, 2:]
+        gaps = np.abs(at[:, None] - at) - (size[:, None] + size) / 2
+        apart = (gaps.max(-1) >= 2) | np.eye(len(boxes), dtype=bool)
+        if not apart.all():
+            continue
+        new = [Object(*pair, *box) for pair, box in zip(pairs, boxes.tolist())]
+        objects = [*new, *beside]
+        if not relation or relation in relations(*objects[:2], least=0.55):
             return objects
+    return []
 
 
 def random_scene(rng):
@@ -201,6 +208,57 @@ def random_scene(rng):
     return objects, f" {relation or 'and'} ".join(noun(*pair) for pair in pairs)
 
 
+def called(o, objects, rng):
+    """One of the ways to name an object so that no other of the scene is meant."""
+    names = {"it": objects, f"the {o.shape}": [p for p in objects if p.shape == o.shape]}
+    names = [name for name, meant in names.items() if len(meant) == 1]
+    return str(rng.choice([*names, f"the {o.color} {o.shape}"]))
+
+
+def change(objects, rng):
+    """A scene one step from a scene: (its objects, instruction, instruction for the way back).
+
+    An object gets another color, or is removed (the way back adds it), or moves. None if chance
+    picks a change that this scene does not allow. No held-out pair occurs.
+    """
+    counts = Counter(o[:2] for o in objects)
+    alone = [o for o in objects if counts[o[:2]] == 1]
+    if not alone:
+        return None
+    rng.shuffle(alone)
+    a, others = alone[0], [o for o in objects if o is not alone[0]]
+    kind = rng.choice(["color", "remove", "move"])
+    name = called(a, objects, rng)
+    if kind == "color":
+        new = a._replace(color=str(rng.choice(list(COLORS))))
+        if new[:2] in counts or new[:2] in HELD_OUT:
+            return None
+        after = [*others, new]
+        return after, f"make {name} {new.color}", f"make {called(new, after, rng)} {a.color}"
+    links = sorted(relations(a, alone[1])) if len(alone) > 1 else []
+    if not links:
+        return None
+    b = alone[1]
+    if kind == "remove":
+        there, back = f"remove {name}", f"add {noun(*a[:2])} {links[0]} {called(b, others, rng)}"
+        return others, there, phrase(back, rng)
+    relation = str(rng.choice([r for r in RELATIONS if r not in links]))
+    beside = [b, *(o for o in others if o is not b)]
+    after = place([a[:2]], rng, relation, beside, a.w, tries=1000)
+    lost = [r for r in links if after and r not in relations(*after[:2])]
+    if not lost:
+        return None
+    there = f"move {name} {relation} {called(b, objects, rng)}"
+    back = f"move {called(a, objects, rng)} {lost[0]} {called(b, objects, rng)}"
+    return after, phrase(there, rng), phrase(back, rng)
+
+
+def phrase(instruction, rng):
+    """As it stands, or with "to the left of", "to the right of"."""
+    longer = re.sub("(left|right) of", r"to the \1 of", instruction)
+    return longer if rng.random() < 0.5 else instruction
+
+
 def coverage(shape, dx, dy, width):
     """Share inside a shape of this width of pixels at (dx, dy), seen from its box's centre."""
     return np.clip(0.5 - SHAPES[shape].distance(dx, dy, width), 0, 1)
@@ -220,6 +278,7 @@ def paint(objects, rng):
 # ------------------------------------------------------------------------------------- the texts
 
 DESCRIBE = "describe"  # the question whose answer is the caption
+LOCATE = "where is everything?"  # the question whose answer is the plan
 FRAMES = ("{}", "{}", "a picture of {}", "an image with {}", "{} on a plain background")
 FRAMES += ("{n}: {}", "a simple drawing of {}", "a white scene with {}", "you can see {}")
 
@@ -231,13 +290,29 @@ def tidy(text):
 
 
 def scene_texts(prompt, objects, rng):
-    """{"caption": str, "clean": the prompt or None, "qa": [[question, answer], ...]} of a scene."""
+    """The texts of a scene: {"caption": str, "clean": the prompt or None, "plan": str,
+    "qa": [[question, answer], ...], "edits": [[instruction, rows from here to its result], ...]}.
+    """
     links = [(a, r, b) for a, b in permutations(objects, 2) for r in sorted(relations(a, b))]
     caption = long_caption(objects, links, rng)
     if rng.random() < 0.1:  # a part of the scene, as in real captions
         shape, color = objects[0][:2]
         caption = noun(shape, color if rng.random() < 0.5 else None)
-    return {"caption": caption, "clean": prompt or None, "qa": questions(objects, links, rng)}
+    texts = {"caption": caption, "clean": prompt or None, "qa": questions(objects, links, rng)}
+    return texts | {"plan": plan(objects), "edits": []}
+
+
+PLAN = re.compile(r"(\w+ \w+ [a-h][1-8](; )?)+")  # what `plan` writes
+
+
+def plan(objects):
+    """A short line for each object: what it is, and which cell of an 8 x 8 grid holds its centre.
+
+    "green circle c4; red square f2": columns a to h from the left, rows 1 to 8 from the top.
+    """
+    cells = [f"{'abcdefgh'[int(o.x * 8 / SIDE)]}{int(o.y * 8 / SIDE) + 1}" for o in objects]
+    lines = sorted(zip(cells, objects))  # one order, from left to right, for each scene
+    return "; ".join(f"{o.color} {o.shape} {cell}" for cell, o in lines)
 
 
 def long_caption(objects, links, rng):
@@ -281,6 +356,13 @@ def questions(objects, links, rng):
         chosen.append([f"is there {noun(*rng.choice(pairs))}?", answer])
     rng.shuffle(chosen)
     return chosen
+
+
+def in_order(plan, text):
+    """The lines of a plan in the order in which a text names their objects; "" without a plan."""
+    lines = plan.split("; ") if plan else []
+    lines.sort(key=lambda line: [text.find(line[:-3]), text.find(line.split()[1])])
+    return "; ".join(lines)
 
 
 # ------------------------------------------------------------------------------- towers of timm
@@ -555,11 +637,18 @@ class Shapes:
 
     def read(self, start):
         rng = np.random.default_rng([self.seed, start])
-        texts, images = [], []
-        for _ in range(min(1000, self.count - start)):
+        count, texts, images = min(1000, self.count - start), [], []
+        while len(texts) < count:
             objects, prompt = random_scene(rng)
+            changed = change(objects, rng) if len(texts) < count - 1 else None
             texts.append(scene_texts(prompt, objects, rng))
             images.append(paint(objects, rng))
+            if changed:  # the row after is the scene after
+                after, there, back = changed
+                texts.append(scene_texts("", after, rng))
+                images.append(paint(after, rng))
+                texts[-2]["edits"].append([there, 1])
+                texts[-1]["edits"].append([back, -1])
         return texts, {"images": torch.from_numpy(np.stack(images))}, {}
 
 

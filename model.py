@@ -394,27 +394,33 @@ def drop_condition(cond, generator, share=0.1):
     return cond * kept
 
 
-def flow_loss(dit, x, cond, generator, shift=1.0):
+def flow_loss(dit, x, cond, generator, shift=1.0, source=None):
     """Flow matching (paper, section 3.2): |velocity(x_t) - (x - noise)|^2, a mean for each row.
 
     Data x (B, N, C), cond (P, M, L) -> losses (B,). Noise is Gaussian, times are logit-normal.
+    source (b, N, C): what the last b rows are changes of. It takes the place of their guess.
     """
     noise = draw_noise(x, generator)
     t = shift_time(draw_noise(x[:, 0, 0], generator).sigmoid(), shift)  # (B,)
     x_t = interpolate(noise, x, t[:, None, None])
-    guess = first_guess(dit, x_t, t, cond) if dit.self_conditioning else None
+    guess = first_guess(dit, x_t, t, cond, source) if dit.self_conditioning else None
     error = velocity(dit, x_t, t, cond, guess) - (x - noise)
     return error.float().square().mean((1, 2))
 
 
 @torch.no_grad()
-def first_guess(dit, x_t, t, cond):
+def first_guess(dit, x_t, t, cond, source=None):
     """A first call's guess of the data for half of the prompts. The others get zeros, so that the
-    net also learns to start without a guess."""
-    prompts = (len(cond) + 1) // 2
-    rows = prompts * (len(x_t) // len(cond))
-    v = velocity(dit, x_t[:rows], t[:rows], cond[:prompts])
+    net also learns to start without a guess. The last rows get their source if they have one."""
     guess = torch.zeros_like(x_t)
+    rows = len(x_t)
+    if source is not None:
+        rows -= len(source)
+        guess[rows:] = source
+    draws = len(x_t) // len(cond)
+    prompts = (rows // draws + 1) // 2
+    rows = prompts * draws
+    v = velocity(dit, x_t[:rows], t[:rows], cond[:prompts])
     guess[:rows] = x_t[:rows] + (1 - t[:rows, None, None]) * v
     return guess
 
@@ -427,22 +433,24 @@ def regression_loss(dit, x, cond):
 
 
 @torch.no_grad()
-def sample_flow(dit, noise, cond, steps=10, guidance=1.0, shift=1.0, fresh_noise=None):
+def sample_flow(dit, noise, cond, steps=10, guidance=1.0, shift=1.0, fresh_noise=None, source=None):
     """Integrates dx/dt = velocity from t = 0 to t = 1: noise (B, N, C), cond (B, M, L) -> data.
 
     Guidance s moves the velocity to u + s (c - u), with c under the condition and u under the
     null; s = 1 is off and costs nothing. With `fresh_noise`, a source of noise (B, N, C), each
     step goes on from the data it predicts under new noise, as consistency models do. Early
-    mistakes are forgotten, and the distribution gets somewhat too narrow.
+    mistakes are forgotten, and the distribution gets somewhat too narrow. source (B, N, C) is
+    what the data is a change of; see `flow_loss`.
     """
     null = torch.zeros_like(cond)
     times = shift_time(torch.linspace(0, 1, steps + 1, device=noise.device), shift)
     x, data = noise, torch.zeros_like(noise)
     for t, after in zip(times[:-1], times[1:]):
         now = t.expand(len(x))
-        v = velocity(dit, x, now, cond, data)
+        guess = data if source is None else source
+        v = velocity(dit, x, now, cond, guess)
         if guidance != 1:
-            u = velocity(dit, x, now, null, data)
+            u = velocity(dit, x, now, null, guess)
             v = u + guidance * (v - u)
         data = x + (1 - t) * v
         if fresh_noise is None:  # Euler: x moves on by (after - t) v
@@ -649,7 +657,7 @@ class Backbone(nn.Module):
         zero(self.head)
 
     def embed(self, ids, vectors=None):
-        """ids (B, T), the vectors of each row's image (B, N, C) -> (B, T, D)."""
+        """ids (B, T), the vectors of their images in order (images, N, C) -> (B, T, D)."""
         x = self.words(ids)
         queries = self.queries.expand(len(ids), -1, -1)  # fill the slots of each row in order
         x = x.masked_scatter((ids == QUERY)[..., None], queries)
@@ -662,29 +670,32 @@ class Backbone(nn.Module):
         return self.trunk(self.embed(ids, vectors), ids != PAD)  # (B, T, D)
 
     def forward(self, ids, learn, vectors=None):
-        """Cross-entropy of the tokens marked in learn (B, T), each from those before it -> (B,)."""
-        logits = self.head(self.states(ids, vectors)[:, :-1])  # (B, T - 1, V)
+        """Cross-entropy of the tokens marked in learn (B, T), each from those before it -> (B,).
+
+        Rows that end in the queries also learn to repeat; see `repeat_loss`.
+        """
+        log_p = self.head(self.states(ids, vectors)).float().log_softmax(-1)  # (B, T, V)
         learn = learn[:, 1:]
-        truth = ids[:, 1:].flatten()
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), truth, reduction="none")
-        return (losses.view_as(learn) * learn).sum(1) / learn.sum(1).clamp_min(1)
+        said = log_p[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
+        written = -(said * learn).sum(1) / learn.sum(1).clamp_min(1)
+        return written + (ids[:, -1] == QUERY) * self.repeat_loss(ids, log_p)
 
-    def repeat_loss(self, ids, words=3):
-        """How badly the queries, which end every row, repeat its prompt: (B, T) -> losses (B,).
+    def repeat_loss(self, ids, log_p, words=3):
+        """How badly the queries, which end a row, repeat what stands before them -> losses (B,).
 
-        One distribution at each query is to hold three tokens, in no order: the prompt's last three
-        at the last query, one token earlier at each query before. For "a b c d" and two queries:
+        One distribution at each query is to hold three tokens, in no order: the last three at the
+        last query, one token earlier at each query before. For "a b c d" and two queries:
         {a, b, c}, then {b, c, d}. The best loss is log 3. So "red" becomes the same code beside
         any noun, and a flow head that reads it can draw pairs that it has never seen.
         """
         count = len(self.queries)
-        log_p = self.head(self.states(ids)[:, -count:]).float().log_softmax(-1)  # (B, Q, V)
         prompt = F.pad(ids[:, :-count], (count + words, 0), value=PAD)
         targets = prompt.unfold(1, words, 1)[:, -count:]  # (B, Q, words)
         named = targets != PAD
-        return -(log_p.gather(2, targets) * named).sum((1, 2)) / named.sum((1, 2)).clamp_min(1)
+        said = log_p[:, -count:].gather(2, targets)
+        return -(said * named).sum((1, 2)) / named.sum((1, 2)).clamp_min(1)
 
-    def query_states(self, ids):
+    def query_states(self, ids, vectors=None):
         """States at the queries, which end every row: (P, T) -> (P, Q, D).
 
         The prompt passes once without gradient, into the caches; then the queries pass with it.
@@ -694,12 +705,15 @@ class Backbone(nn.Module):
         valid = ids != PAD
         caches = [[] for _ in self.trunk.blocks]
         with torch.no_grad():
-            self.trunk(self.embed(ids[:, :-count]), valid[:, :-count], caches)
+            self.trunk(self.embed(ids[:, :-count], vectors), valid[:, :-count], caches)
         return self.trunk(self.queries.expand(len(ids), -1, -1), valid, caches)
 
     @torch.no_grad()
-    def write(self, ids, vectors=None, limit=64):
-        """Continues rows (B, T) that end in an open <bot>, greedily, until <eos> or `limit`."""
+    def write(self, ids, vectors=None, limit=64, noise=None, temperature=0.5):
+        """Continues rows (B, T) that end in an open <bot>, until <eos> or `limit`.
+
+        Greedily, or with a source of noise (B, 1) by chance: a low temperature sharpens it.
+        """
         caches = [[] for _ in self.trunk.blocks]
         valid = ids != PAD
         x = self.embed(ids, vectors)
@@ -707,7 +721,12 @@ class Backbone(nn.Module):
         written = []
         while len(written) < limit and not done.all():
             states = self.trunk(x, valid, caches)
-            token = self.head(states[:, -1]).argmax(-1)  # (B,)
+            logits = self.head(states[:, -1]).float()  # (B, V)
+            token = logits.argmax(-1)  # (B,)
+            if noise is not None:
+                uniform = torch.special.ndtr(noise())  # the normal distribution's integral
+                token = ((logits / temperature).softmax(-1).cumsum(-1) < uniform).sum(-1)
+                token = token.clamp_max(logits.shape[1] - 1)  # the sum may end below 1
             done = done | (token == EOS)
             written.append(token.masked_fill(done, PAD))
             x = self.words(token)[:, None]
@@ -763,10 +782,11 @@ class BLIP3o(nn.Module):
         so that DistributedDataParallel sees it."""
         return loss(self, generator, **batch).mean()
 
-    def imagine(self, ids, noise, **flow):
+    def imagine(self, ids, noise, vectors=None, **flow):
         """Prompts that end in the queries (B, T), noise (B, N, C) -> what the head makes (B, N, C):
-        vectors, or latents if those are its target. A regression is one step from no noise."""
-        states = self.backbone.query_states(ids)
+        vectors, or latents if those are its target. A regression is one step from no noise.
+        vectors are of the images in the prompts."""
+        states = self.backbone.query_states(ids, vectors)
         if self.config.objective == "mse":
             return sample_flow(self.head, torch.zeros_like(noise), states, steps=1)
         return sample_flow(self.head, noise, states, **flow)

@@ -4,6 +4,8 @@
     python sample.py --image picture.png                                      describes it
     python sample.py --image picture.png --ask "how many circles are there?"
     python sample.py --image picture.png --reconstruct    picture -> vectors -> picture
+    python sample.py --image picture.png "make the circle blue"               edits it
+    python sample.py --chat                                                   all of it, by turns
 
 Without --run the newest run below out/ is used, else the weights that come along. Scores are the
 business of tests/shapeseval.py.
@@ -11,6 +13,7 @@ business of tests/shapeseval.py.
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +29,14 @@ from train import ORDER, Config, load_checkpoint
 class Settings:
     """What to do and how: the fields are the flags, the comments their help."""
 
-    prompts: tuple = ()  # texts to draw, one row of pictures each
+    prompts: tuple = ()  # texts to draw, or changes of --image, one row of pictures each
     run: str = ""  # folder of a run, or a file of weights
     out: str = "out/samples.png"  # the picture to write
     image: str = ""  # picture file to read
     ask: str = D.DESCRIBE  # question about the picture
     reconstruct: bool = False  # draw the picture again from its vectors
+    plan: bool = True  # write what stands where before drawing; "PROMPT | PLAN" brings a plan
+    chat: bool = False  # talk: "draw ..." begins a picture, then questions and changes
     seed: int = 0  # of the noise
     count: int = 4  # pictures for each prompt
     steps: int = 25  # of the flow head
@@ -43,6 +48,10 @@ class Settings:
     def __post_init__(self):
         if min(self.count, self.steps, self.decoder_steps) < 1:
             raise ValueError("--count, --steps and --decoder_steps: expected 1 or more")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"--seed {self.seed}: expected 0 to 2147483647")
+        if "" in map(D.tidy, self.prompts):
+            raise ValueError("a prompt is empty: expected words")
 
 
 def find_run(given=""):
@@ -90,13 +99,30 @@ class Studio:
         ids, _ = M.build_sequences(self.tokenizer, rows, self.config.tokens, self.config.queries)
         return ids.to(self.device)
 
-    def imagine(self, prompts, seeds):
-        """Prompts -> what the flow head makes: normalised vectors (B, N, C), or latents."""
+    def write(self, rows, vectors=None, seeds=None):
+        """Continues rows, each with an open answer: greedily, or with chance from seeds."""
+        noise = row_noise(seeds, (1,), self.device) if seeds is not None else None
+        written = self.net.backbone.write(self.sequences(rows), vectors, noise=noise)
+        return [self.tokenizer.decode(row) for row in written]
+
+    def plan(self, prompts, seeds, vectors=None):
+        """What pictures will hold and where, a line for each object, written by the backbone.
+
+        With vectors (B, N, C) of pictures, prompts are instructions that change them.
+        """
+        image = [] if vectors is None else [("image", None)]
+        rows = [[*image, ("user", D.tidy(text)), ("bot", None)] for text in prompts]
+        return self.write(rows, vectors, seeds)
+
+    def imagine(self, rows, seeds, vectors=None):
+        """Rows of a dialogue -> what the flow head makes next: normalised vectors (B, N, C), or
+        latents. vectors (B, N, C) are of the picture in each row, which it changes."""
         s = self.settings
-        ids = self.sequences([[("user", D.tidy(text)), ("queries", None)] for text in prompts])
         noise = row_noise(seeds, self.net.head.shape, self.device)
-        how = {"steps": s.steps, "guidance": s.guidance, "shift": 4.0}
-        return self.net.imagine(ids, noise(), fresh_noise=None if s.ode else noise, **how)
+        how = {"steps": s.steps, "guidance": s.guidance, "shift": 4.0, "source": vectors}
+        how["fresh_noise"] = None if s.ode else noise
+        ids = self.sequences([[*row, ("queries", None)] for row in rows])
+        return self.net.imagine(ids, noise(), vectors, **how)
 
     def paint(self, vectors, seeds):
         """Vectors (B, N, C) -> pictures (B, S, S, 3) uint8."""
@@ -106,9 +132,17 @@ class Studio:
         how = {"steps": s.decoder_steps, "guidance": s.decoder_guidance}
         return self.net.paint(vectors, noise, **how).cpu().numpy()
 
-    def draw(self, prompts, seeds):
-        """Prompts, a seed for each -> pictures (B, S, S, 3) uint8."""
-        made = self.imagine(prompts, seeds)
+    def draw(self, prompts, seeds, plans=None, vectors=None):
+        """Prompts, a seed for each, and plans unless drawn at once -> pictures (B, S, S, 3) uint8.
+
+        With vectors (B, N, C) of pictures, prompts are instructions that change them.
+        """
+        rows = []
+        for text, plan in zip(prompts, plans or cycle([None])):
+            row = [] if vectors is None else [("image", None)]
+            row.append(("user", D.tidy(text)))
+            rows.append(row if plan is None else [*row, ("bot", plan)])
+        made = self.imagine(rows, seeds, vectors)
         if self.config.target == "vae":
             return self.net.develop(made).cpu().numpy()
         return self.paint(made, seeds)
@@ -141,8 +175,34 @@ class Studio:
     def answer(self, vectors, questions):
         """One answer for each image and question; the question "describe" gives the caption."""
         rows = [[("image", None), ("user", D.tidy(text)), ("bot", None)] for text in questions]
-        written = self.net.backbone.write(self.sequences(rows), vectors)
-        return [self.tokenizer.decode(row) for row in written]
+        return self.write(rows, vectors)
+
+
+class Chat:
+    """A dialogue. The model itself decides what a turn is: where it writes a plan, a picture
+    follows. The context is the last picture and what was said since."""
+
+    def __init__(self, studio):
+        self.studio = studio
+        self.row, self.vectors = [], None
+        self.seed = studio.settings.seed
+
+    def say(self, text):
+        """One turn of the user -> (answer or plan, picture (S, S, 3) uint8 or None)."""
+        text = D.tidy(text)
+        anew = text.startswith("draw ")
+        if anew:
+            self.row, self.vectors = [], None
+        self.seed += 1
+        self.row.append(("user", text.removeprefix("draw ")))
+        chance = [self.seed] if anew else None
+        said = self.studio.write([[*self.row, ("bot", None)]], self.vectors, chance)[0]
+        self.row.append(("bot", said))
+        if not D.PLAN.fullmatch(said):
+            return said, None
+        self.vectors = self.studio.imagine([self.row], [self.seed], self.vectors)
+        self.row = [("image", None)]
+        return said, self.studio.paint(self.vectors, [self.seed])[0]
 
 
 def save_grid(path, images, labels, columns):
@@ -162,6 +222,8 @@ def save_grid(path, images, labels, columns):
 
 def sample(s):
     """Does what the settings ask for."""
+    if not (s.prompts or s.image or s.chat):
+        raise ValueError("expected a prompt, --image or --chat; --help lists the flags")
     path = find_run(s.run)
     print(f"weights {path}")
     try:  # before anything is drawn
@@ -169,19 +231,55 @@ def sample(s):
     except OSError as error:
         raise ValueError(f"--out {s.out}: {error}") from error
     studio = Studio(path, s)
+    if s.chat:
+        return talk(studio)
+    picture, vectors = studio.open(s.image) if s.image else (None, None)
     if s.prompts:
-        texts = [text for text in s.prompts for _ in range(s.count)]
-        images = studio.draw(texts, range(s.seed, s.seed + len(texts)))
-        save_grid(Path(s.out), images, s.prompts, s.count)
-    if not s.image:
-        return
-    picture, vectors = studio.open(s.image)
-    if s.reconstruct:
+        draw(studio, picture, vectors)
+    elif s.reconstruct:
         again = studio.paint(vectors.expand(s.count, -1, -1), range(s.seed, s.seed + s.count))
         images = np.concatenate([picture, again])
         save_grid(Path(s.out), images, ["the picture, then drawn"], s.count + 1)
     else:
         print(*studio.answer(vectors, [s.ask]))
+
+
+def draw(studio, picture, vectors):
+    """A row of pictures for each prompt; of changes, behind the picture that they change."""
+    s, rows = studio.settings, []
+    for n, prompt in enumerate(s.prompts):
+        text, _, plan = prompt.partition(" | ")
+        seeds = range(s.seed + n * s.count, s.seed + (n + 1) * s.count)
+        texts, own = [text] * s.count, None
+        if vectors is not None:
+            own = vectors.expand(s.count, -1, -1)
+            warn(studio, text, vectors)
+        plans = [plan] * s.count if plan else None
+        if s.plan and not plan:
+            plans = studio.plan(texts, seeds, own)
+            print(*(f"{text} | {plan}" for plan in plans), sep="\n")
+        images = studio.draw(texts, seeds, plans, own)
+        rows.append(images if picture is None else np.concatenate([picture, images]))
+    save_grid(Path(s.out), np.concatenate(rows), s.prompts, len(rows[0]))
+
+
+def warn(studio, text, vectors):
+    """Says where an instruction does not name one object, by the model's own answer."""
+    for shape in D.SHAPES:
+        if f"the {shape}" in text:
+            said = studio.answer(vectors, [f"how many {shape}s are there?"])[0]
+            if said != "one":
+                print(f"{text!r}: the model sees {said} {shape}s, which is meant is a guess")
+
+
+def talk(studio):
+    """Turns from the keyboard until the input ends."""
+    chat, path = Chat(studio), Path(studio.settings.out)
+    for text in iter(lambda: input("> "), ""):
+        said, picture = chat.say(text)
+        print(said)
+        if picture is not None:
+            save_grid(path, picture[None], [text], 1)
 
 
 def main(arguments=None):

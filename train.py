@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import time
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
@@ -34,13 +34,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import data as D
 import model as M
-from data import DESCRIBE, PreparedSet, find_device, lock, parse, plain_errors, write_whole
 
 # this process among those of torchrun
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 VERSION = 3  # of checkpoints
+PLANNED = 0.75  # share of prompts and edits that are planned before they are drawn
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,13 @@ class Config:
     understand_steps: int = 800  # steps of stage understand
     generate_steps: int = 800  # steps of stage generate
     tune_steps: int = 1450  # steps of stage tune
+    edit_steps: int = 800  # steps of stage edit
     clip_batch: int = 24  # images a step of stage clip
     vae_batch: int = 16  # images a step of stage vae
     decode_batch: int = 32  # images a step of stage decode
     understand_batch: int = 16  # sequences a step of stage understand
     generate_batch: int = 32  # prompts a step of stages generate and tune
+    edit_batch: int = 16  # prompts and edits a step of stage edit, in equal parts
     generate_draws: int = 4  # noise draws for each prompt, which share a pass of the backbone
     accumulate: int = 1  # parts of a batch, one after another
     generate_shift: float = 2.0  # schedule shift in training; above 1 more times near noise
@@ -139,68 +142,117 @@ def decode_loss(model, generator, latents, vectors):
 
 
 def understand_batch(run, ids, rng):
-    """A dialogue about each image: up to four questions, then the caption, after which they could
-    be answered without looking. In a quarter of the steps, prompts for the queries to repeat."""
-    texts = [run.data.texts[i] for i in ids]
-    if rng.random() < 0.25:
-        return {"ids": prompts(run, texts, rng, 0.5)}
+    """In half of the steps prompts, in the others pictures: dialogues, and changes to make."""
+    if rng.random() < 0.5:
+        sequences, learn = run.sequences([prompt(run, i, rng, 0.5) for i in ids])
+        swap_words(run, sequences, learn, rng)
+        return {"ids": sequences, "learn": learn}
     rows = []
-    for text in texts:
-        row = [("image", None)]
-        for i in rng.permutation(len(text["qa"]))[:4]:
-            question, answer = text["qa"][i]
-            row += [("user", question), ("bot", answer)]
-        rows.append([*row, ("user", DESCRIBE), ("bot", text["caption"])])
+    for i in ids:
+        changed = run.data.texts[i].get("edits") and rng.random() < 0.25
+        rows.append(edit(run, i, rng)[0] if changed else dialogue(run.data.texts[i], rng))
     sequences, learn = run.sequences(rows)
     return {"ids": sequences, "learn": learn, "vectors": run.cached("clip", ids)}
 
 
-def understand_loss(model, generator, ids, learn=None, vectors=None):
-    """Without `learn` the rows are prompts to repeat, otherwise dialogues about pictures."""
-    if learn is None:
-        return model.backbone.repeat_loss(ids)
-    return model.backbone(ids, learn, model.normalise["clip"](vectors))
+def swap_words(run, ids, learn, rng):
+    """Puts other words for half of those that a plan takes from its prompt, in both. So a plan
+    learns to copy what is said, not what is usual: pairs come true that it has never seen."""
+    for row, planned in zip(ids, learn):
+        for word in set(row[planned].tolist()) & set(row[~planned].tolist()):
+            if word >= M.FIRST_WORD and rng.random() < 0.5:
+                row[row == word] = int(rng.choice(run.spare))
 
 
-def prompts(run, texts, rng, broad_share):
-    """Ids (P, T) of prompts, the queries after each. Broad ones are captions, as in pretraining;
-    the others ask in a user's words."""
-    rows = []
-    for text in texts:
-        broad = rng.random() < broad_share or not text["clean"]
-        prompt = text["caption"] if broad else text["clean"]
-        rows.append([("user", prompt), ("queries", None)])
-    return run.sequences(rows)[0]
+def dialogue(text, rng):
+    """Up to four questions about a picture, then what could answer them without looking."""
+    row = [("image", None)]
+    for i in rng.permutation(len(text["qa"]))[:4]:
+        question, answer = text["qa"][i]
+        row += [("user", question), ("bot", answer)]
+    row += [("user", D.DESCRIBE), ("bot", text["caption"])]
+    if text.get("plan"):
+        row += [("user", D.LOCATE), ("bot", text["plan"])]
+    return row
+
+
+def prompt(run, i, rng, broad_share):
+    """A prompt for picture i. Broad ones are captions, as in pretraining; the others ask in a
+    user's words. PLANNED of them are planned before the queries follow."""
+    text = run.data.texts[i]
+    broad = rng.random() < broad_share or not text["clean"]
+    said = text["caption"] if broad else text["clean"]
+    return planned([("user", said)], D.in_order(text.get("plan"), said), rng)
+
+
+def edit(run, i, rng):
+    """Picture i, up to two questions, an instruction; and the id of the picture that it makes."""
+    text, row = run.data.texts[i], [("image", None)]
+    for question, answer in text["qa"][: rng.integers(3)]:
+        row += [("user", question), ("bot", answer)]
+    instruction, offset = text["edits"][rng.integers(len(text["edits"]))]
+    row.append(("user", instruction))
+    return planned(row, run.data.texts[i + offset]["plan"], rng), i + offset
+
+
+def planned(row, plan, rng):
+    if plan and rng.random() < PLANNED:
+        row.append(("bot", plan))
+    return [*row, ("queries", None)]
+
+
+def understand_loss(model, generator, ids, learn, vectors=None):
+    if vectors is not None:
+        vectors = model.normalise["clip"](vectors)
+    return model.backbone(ids, learn, vectors)
 
 
 def generate_batch(run, ids, rng, broad_share=1.0):
     """Prompts, and the targets of their K draws, which share one pass of the backbone."""
-    texts = [run.data.texts[i] for i in ids]
+    sequences, _ = run.sequences([prompt(run, i, rng, broad_share) for i in ids])
     x = run.cached(run.config.target, np.repeat(ids, run.config.generate_draws))
-    return {"ids": prompts(run, texts, rng, broad_share), "x": x}
+    return {"ids": sequences, "x": x}
 
 
 def tune_batch(run, ids, rng):
     return generate_batch(run, ids, rng, broad_share=0.1)
 
 
-def generate_loss(model, generator, ids, x):
-    """The flow head makes the vectors or latents x (B, N, C) of the prompts (P, T), B = P K."""
+def edit_batch(run, ids, rng):
+    """Half prompts, so that drawing is not forgotten, and half changes of pictures."""
+    c, half = run.config, len(ids) // 2
+    changes = [edit(run, i, rng) for i in ids[half:]]
+    rows = [prompt(run, i, rng, 0.1) for i in ids[:half]] + [row for row, _ in changes]
+    targets = [*ids[:half], *(target for _, target in changes)]
+    batch = {"ids": run.sequences(rows)[0]}
+    batch["x"] = run.cached(c.target, np.repeat(targets, c.generate_draws))
+    batch["vectors"] = run.cached("clip", ids[half:])
+    batch["source"] = run.cached(c.target, np.repeat(ids[half:], c.generate_draws))
+    return batch
+
+
+def generate_loss(model, generator, ids, x, vectors=None, source=None):
+    """The flow head makes the vectors or latents x (B, N, C) of the prompts (P, T), B = P K. The
+    last prompts may be changes of pictures, whose vectors they hold."""
     c = model.config
     x = model.normalise[c.target](x)
+    if vectors is not None:
+        vectors = model.normalise["clip"](vectors)
+        source = model.normalise[c.target](source)
     if c.joint:
-        states = model.backbone.states(ids)[:, -c.queries :]
+        states = model.backbone.states(ids, vectors)[:, -c.queries :]
     else:
-        states = model.backbone.query_states(ids)
+        states = model.backbone.query_states(ids, vectors)
     if c.objective == "mse":
         return M.regression_loss(model.head, x, states)
     cond = M.drop_condition(states, generator)
-    return M.flow_loss(model.head, x, cond, generator, c.generate_shift)
+    return M.flow_loss(model.head, x, cond, generator, c.generate_shift, source)
 
 
 # What learns, by the beginning of its name; all else is frozen. The batch is a function of (run,
-# ids of pictures, rng), the loss of (model, generator, **batch) and gives a loss for each row.
-Stage = namedtuple("Stage", "learns batch loss")
+# ids of pictures, rng), the loss of (model, generator, **batch) and gives a loss for each row. The
+# pictures are those whose texts have what a stage needs.
+Stage = namedtuple("Stage", "learns batch loss needs", defaults=["caption"])
 STAGES = {
     "clip": Stage(("clip.",), clip_batch, clip_loss),
     "vae": Stage(("vae.",), vae_batch, vae_loss),
@@ -208,7 +260,8 @@ STAGES = {
     "decode": Stage(("decoder.",), decode_batch, decode_loss),
     "understand": Stage(("backbone.",), understand_batch, understand_loss),
     "generate": Stage(("head.", "backbone.queries"), generate_batch, generate_loss),
-    "tune": Stage(("head.", "backbone.queries"), tune_batch, generate_loss),
+    "tune": Stage(("head.", "backbone.queries"), tune_batch, generate_loss, "clean"),
+    "edit": Stage(("head.", "backbone.queries"), edit_batch, generate_loss, "edits"),
     "done": None,
 }
 ORDER = list(STAGES)
@@ -285,7 +338,10 @@ class Batches(Dataset):
     def __init__(self, run, stage, pool):
         self.run = run
         self.stage = stage
-        self.pool = pool  # ids of pictures
+        needs = STAGES[stage].needs
+        self.pool = [i for i in pool if run.data.texts[i].get(needs)]  # ids of pictures
+        if not self.pool:
+            raise ValueError(f"the set has no {needs!r}: use --{stage}_steps 0")
         size = "generate_batch" if stage == "tune" else f"{stage}_batch"
         self.rows = max(1, getattr(run.config, size) // (run.config.accumulate * WORLD))
 
@@ -362,24 +418,29 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            shapes = defaultdict(list)
             for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 0.05)
-                update = orthogonalise(p.grad.lerp(momentum, 0.95), self.dtype)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(update * (group["lr"] * 0.2 * math.sqrt(max(p.shape))))
+                shapes[p.shape].append(p)
+            for shape, matrices in shapes.items():  # those of one shape at once: few kernels
+                grad = torch.stack([p.grad for p in matrices])
+                momentum = self.state[matrices[0]].setdefault("momentum", torch.zeros_like(grad))
+                momentum.lerp_(grad, 0.05)
+                update = orthogonalise(grad.lerp(momentum, 0.95), self.dtype)
+                update = update * (group["lr"] * 0.2 * math.sqrt(max(shape)))
+                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_sub_(matrices, update.float().unbind())
 
 
-def orthogonalise(matrix, dtype, steps=5):
-    """Newton-Schulz iteration, which moves all singular values near 1: (m, n) -> (m, n)."""
-    x = (matrix / matrix.norm().clamp_min(1e-7)).to(dtype)
-    tall = len(x) > len(x.T)
-    x = x.T if tall else x
+def orthogonalise(matrices, dtype, steps=5):
+    """Newton-Schulz iteration, which moves all singular values near 1: (k, m, n) -> (k, m, n)."""
+    x = (matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).to(dtype)
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
     for _ in range(steps):
-        a = x @ x.T
-        b = torch.addmm(a, a, a, beta=-4.775, alpha=2.0315)
-        x = torch.addmm(x, b, x, beta=3.4445)
-    return x.T if tall else x
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
+    return x.mT if tall else x
 
 
 # ---------------------------------------------------------------------------------------- the run
@@ -387,7 +448,7 @@ def orthogonalise(matrix, dtype, steps=5):
 
 def choose_machine(c):
     """Where and how to compute: device, autocast dtype (None is fp32), whether to compile."""
-    device = find_device(c.device)
+    device = D.find_device(c.device)
     card = (0, 0)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -433,6 +494,11 @@ def load_checkpoint(path, device="cpu"):
     return state
 
 
+def every_text(text):
+    edits = [instruction for instruction, _ in text.get("edits", [])]
+    return [text["caption"], text.get("plan", ""), *chain(*text["qa"]), *edits]
+
+
 class Run:
     """What all stages share: settings, prepared set, tokenizer, model, and the one checkpoint."""
 
@@ -440,7 +506,7 @@ class Run:
         self.config = c
         self.out = Path(c.out)
         self.path = self.out / "checkpoint.pt"
-        self.data = PreparedSet(c.data)
+        self.data = D.PreparedSet(c.data)
         self.device, self.dtype, self.compiled = choose_machine(c)
         self.progress = START
         state = {}
@@ -450,8 +516,12 @@ class Run:
             self.check_same(state)
         elif c.init:
             state = load_checkpoint(Path(c.init))
-        texts = ([t["caption"], *chain(*t["qa"])] for t in self.data.texts[:5000])
+        texts = map(every_text, self.data.texts[:5000])
         self.tokenizer = M.Tokenizer(state["words"]) if state else M.Tokenizer.fit(chain(*texts))
+        plans = {
+            i for t in self.data.texts[:5000] for i in self.tokenizer.encode(t.get("plan", ""))
+        }
+        self.spare = [i for i in self.tokenizer.ids.values() if i not in plans]
         torch.manual_seed(c.seed)
         side, channels = self.data.facts["side"], self.data.facts["channels"]
         self.model = M.BLIP3o(c, len(self.tokenizer), side, channels)
@@ -489,7 +559,7 @@ class Run:
         state["set"] = {**self.data.facts, "fingerprint": self.data.fingerprint}
         state |= {"model": self.model.state_dict(), "progress": self.progress}
         if RANK == 0:
-            write_whole(self.path, lambda temporary: torch.save(state, temporary))
+            D.write_whole(self.path, lambda temporary: torch.save(state, temporary))
 
     def log(self, bar, stage, step, loss, norm, rate):
         """Into the bar and STAGE.csv. Bad numbers end the run before they reach a checkpoint."""
@@ -556,9 +626,9 @@ def train(c):
 def main(arguments=None):
     if RANK > 0:  # one process speaks for all
         sys.stdout = open(os.devnull, "w")
-    with plain_errors("train.py"):
-        c = parse(Config, __doc__, arguments)
-        with lock(c.out) if RANK == 0 else nullcontext():
+    with D.plain_errors("train.py"):
+        c = D.parse(Config, __doc__, arguments)
+        with D.lock(c.out) if RANK == 0 else nullcontext():
             train(c)
 
 

@@ -13,10 +13,10 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 import data  # noqa: E402  (found through the line above)
 import train  # noqa: E402
 
-STAGES = ("clip", "vae", "decode", "understand", "generate", "tune")
+STAGES = ("clip", "vae", "decode", "understand", "generate", "tune", "edit")
 WIDTHS = ("clip_width", "width", "head_width", "decoder_width")
 SIZES = {f"{stage}_steps": 6 for stage in STAGES} | dict.fromkeys(WIDTHS, 32)
-SIZES |= {f"{stage}_batch": 4 for stage in STAGES[1:5]}
+SIZES |= {f"{stage}_batch": 4 for stage in STAGES if stage != "tune"}
 SIZES |= {"clip_batch": 8, "generate_draws": 2, "depth": 1, "head_depth": 1, "decoder_depth": 1}
 SIZES |= {"vae_width": 16, "save_every": 4, "device": "cpu", "precision": "fp32"}
 

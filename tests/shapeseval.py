@@ -414,7 +414,8 @@ def evaluate_photos(studio, dataset, seed, limit=500):
     nearest = train[torch.cdist(truth, known).argmin(1).numpy()]
     scores["psnr_nearest_neighbour"] = psnr(images, dataset.rows("images", nearest).numpy())
     if studio.config.target == "clip":
-        made = in_batches(studio.imagine, captions, seeds)
+        rows = [[("user", text)] for text in captions]
+        made = in_batches(studio.imagine, rows, seeds)
     else:
         drawn = torch.from_numpy(in_batches(studio.draw, captions, seeds)).permute(0, 3, 1, 2)
         side = drawn.shape[-1] if studio.net.clip is not None else studio.tower.side

@@ -46,6 +46,85 @@ def test_no_held_out_pair_is_drawn_or_named(scenes):
     assert names.search("is there a red triangle?")  # the search would find one
 
 
+def test_an_object_is_placed_beside_those_that_stay():
+    """In its relation to the first of them, in its width, or nowhere where there is no room."""
+    rng = np.random.default_rng(0)
+    fixed = [Object("circle", "red", 32.0, 32.0, 16.0, 16.0)]
+    for relation in data.RELATIONS:
+        new, *rest = data.place([("square", "blue")], rng, relation, fixed, 15.0)
+        assert rest == fixed and new.w == 15 and relation in data.relations(new, fixed[0])
+        gaps = np.abs(np.subtract(new[2:4], fixed[0][2:4])) - np.add(new[4:], fixed[0][4:]) / 2
+        assert gaps.max() >= 2
+    full = [Object("square", "red", 32.0, 32.0, 60.0, 60.0)]
+    assert data.place([("square", "blue")], rng, None, full, tries=50) == []
+
+
+def changes(count=400, seed=0):
+    """(objects, objects after, instruction, the way back) of many random scenes."""
+    rng = np.random.default_rng(seed)
+    while count:
+        objects, _ = data.random_scene(rng)
+        changed = data.change(objects, rng)
+        if changed:
+            count -= 1
+            yield objects, *changed
+
+
+def test_a_change_is_what_its_instruction_says():
+    """Both ways. It names one object; all others stay; no held-out pair comes up."""
+    kinds = Counter()
+    for before, after, there, back in changes():
+        assert not HELD_OUT & {o[:2] for o in after}
+        for old, new, said in ((before, after, there), (after, before, back)):
+            gone, come = (Counter(a) - Counter(b) for a, b in ((old, new), (new, old)))
+            (verb, rest), relation = said.split(" ", 1), re.search("|".join(data.RELATIONS), said)
+            kinds[verb] += 1
+            sizes = {"make": (1, 1), "move": (1, 1), "remove": (1, 0), "add": (0, 1)}
+            assert (len(gone), len(come)) == sizes[verb]
+            if verb != "add":  # one object answers to the name
+                (target,) = gone
+                name = re.match(r"it|the (\w+ )?(circle|square|triangle)", rest)[0]
+                meant = [
+                    o for o in old if name in ("it", f"the {o.shape}", "the " + " ".join(o[1::-1]))
+                ]
+                assert meant == [target]
+            if verb == "make":
+                assert [*come][0] == target._replace(color=said.split()[-1])
+            elif verb == "move":
+                assert [*come][0][:2] == target[:2] and [*come][0].w == target.w
+            elif verb == "add":
+                assert said.startswith(f"add {data.noun(*[*come][0][:2])} ")
+            if relation:
+                name = said.split(relation[0])[1].strip()
+                stay = [o for o in old if o not in gone]
+                (anchor,) = [
+                    o for o in stay if name in ("it", f"the {o.shape}", "the " + " ".join(o[1::-1]))
+                ]
+                assert relation[0] in data.relations([*come][0], anchor)
+    assert set(kinds) == {"make", "move", "add", "remove"} and min(kinds.values()) > 40
+
+
+def test_a_plan_has_a_line_for_each_object_from_left_to_right():
+    objects = [
+        Object("square", "red", 43.0, 9.0, 15, 15),
+        Object("circle", "green", 20.0, 31.9, 20, 20),
+    ]
+    assert data.plan(objects) == "green circle c4; red square f2"
+    assert data.PLAN.fullmatch("green circle c4; red square f2")
+    for text in ("green circle", "two", "green circle c9", "green circle i1", ""):
+        assert not data.PLAN.fullmatch(text)
+    assert data.plan([]) == ""
+
+
+def test_a_plan_is_put_in_the_order_of_a_text():
+    plan = "red circle b3; blue square c4; red circle f6"
+    right = "red circle b3; red circle f6; blue square c4"
+    assert data.in_order(plan, "two red circles and a blue square") == right
+    assert data.in_order(plan, "a square and two circles").startswith("blue square c4; ")
+    assert data.in_order(plan, "three objects") == plan
+    assert data.in_order(None, "a dog") == data.in_order("", "a dog") == ""
+
+
 def test_seven_kinds_have_equal_shares(scenes):
     kinds = Counter()
     for prompt, _, _ in scenes:

@@ -1,6 +1,7 @@
 """Laws of the networks, of the sequence format, of flow matching and of its sampler."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -449,7 +450,7 @@ def test_repeat_loss_by_hand(words):
     """The i-th query from the end names the i-th token from the prompt's end and those before."""
     backbone, ids = build(M.Backbone, 300, 6, queries=8), make_ids("user", "queries", queries=8)
     chances = backbone.head(backbone.states(ids)).log_softmax(-1)
-    losses = backbone.repeat_loss(ids, words)
+    losses = backbone.repeat_loss(ids, chances, words)
     for row, chance, loss in zip(ids, chances, losses):
         said, terms = alone(row)[0, :-8].tolist()[::-1], []  # from the end
         for i in range(1, 9):
@@ -483,6 +484,40 @@ def test_writing_is_the_loop_over_whole_sequences():
     assert len({len(text) for text in golden}) > 1  # rows end at different times
     assert backbone.write(ids, vectors, limit=24) == golden
     assert backbone.write(ids, vectors, limit=2) == [text[:2] for text in golden]
+
+
+def test_sampled_writing_follows_the_distribution():
+    """Each token has the share that the softmax gives it; a low temperature is greedy."""
+    backbone = build(M.Backbone, 300, 6)
+    ids = make_ids("user", "bot")[:1].expand(4000, -1)
+    noise = partial(torch.randn, 4000, 1)
+    with torch.no_grad():
+        backbone.head.weight.mul_(3)
+        chances = backbone.head(backbone.states(ids[:1])[:, -1]).softmax(-1)[0]
+    written = backbone.write(ids, limit=1, noise=noise, temperature=1.0)
+    first = torch.tensor([row[0] if row else M.EOS for row in written])
+    shares = torch.bincount(first, minlength=300) / 4000
+    assert (shares - chances).abs().max() < 5 * 0.5 / 4000**0.5
+    cold = backbone.write(ids[:9], limit=5, noise=partial(torch.randn, 9, 1), temperature=1e-4)
+    assert cold == backbone.write(ids[:9], limit=5)
+
+
+def test_a_source_takes_the_place_of_the_guess():
+    """In the loss for the last rows, of which none gets a guess of its own; in each step."""
+    net = lively(make_dit(self_conditioning=True))
+    x, t, cond, source = (
+        torch.randn(8, 16, 6),
+        torch.rand(8),
+        torch.randn(4, 3, 5),
+        torch.ones(4, 16, 6),
+    )
+    guess = M.first_guess(net, x, t, cond, source)
+    assert torch.equal(guess[4:], source) and not guess[2:4].any()
+    close(guess[:2], M.first_guess(net, x[:4], t[:4], cond[:2])[:2])
+    heard = []
+    net.register_forward_hook(lambda _, inputs, __: heard.append(inputs[3]))
+    M.sample_flow(net, x[:4], cond, 3, 2.0, source=source)
+    assert len(heard) == 6 and all(given is source for given in heard)
 
 
 def test_parts_and_shapes_follow_the_config():

@@ -57,11 +57,13 @@ def tile(grid, row, column):
 def test_prompts_become_a_labelled_grid(micro_run, tmp_path, capsys):
     """A row of pictures each; the weights and the path are printed."""
     out = tmp_path / "x/grid.png"
-    grid = draw(micro_run, out, *PROMPTS[:2], "--count=4", "--seed=3")
+    grid = draw(micro_run, out, *PROMPTS[:2], "--count=4", "--seed=3", "--no-plan")
     said = capsys.readouterr().out.splitlines()
     assert said == [f"weights {micro_run / 'checkpoint.pt'}", str(out)]
     assert grid.shape == (2 * 150 + 4, 4 * 132 + 4, 3)
-    images = studio_of(micro_run).draw([PROMPTS[0]] * 4 + [PROMPTS[1]] * 4, range(3, 11))
+    studio = studio_of(micro_run)
+    images = [*studio.draw([PROMPTS[0]] * 4, range(3, 7))]
+    images += [*studio.draw([PROMPTS[1]] * 4, range(7, 11))]
     assert all(np.array_equal(tile(grid, *divmod(i, 4)), image) for i, image in enumerate(images))
     labels = [grid[i * 150 + 134 : (i + 1) * 150] for i in range(2)]
     assert all(label.min() < 100 for label in labels) and not np.array_equal(*labels)
@@ -110,7 +112,7 @@ def test_prompts_and_questions_are_tidied(micro_run):
     assert asked[0] == [[("image", None), ("user", "describe"), ("bot", None)]]
 
 
-@pytest.mark.parametrize("prompt", ["", "猫 \U0001f600", "a\x00b", "?" * 400])
+@pytest.mark.parametrize("prompt", ["猫 \U0001f600", "a\x00b", "?" * 400])
 def test_any_prompt_is_drawn_and_labelled(micro_run, tmp_path, prompt):
     """Bytes stand in for words that are not known, and a long text is cut."""
     assert draw(micro_run, tmp_path / "x.png", prompt, "--count=1").shape == (154, 424, 3)
@@ -120,8 +122,9 @@ def test_a_regression_takes_one_step_and_latents_need_no_decoder(designs):
     """The regression ignores the head's noise."""
     studio, calls = studio_of(designs / "mse", steps=9, guidance=3.0), []
     studio.net.head.register_forward_hook(lambda *_: calls.append(1))
-    vectors = studio.imagine(PROMPTS, [1, 2, 3])
-    assert len(calls) == 1 and torch.equal(vectors, studio.imagine(PROMPTS, [4, 5, 6]))
+    rows = [[("user", text)] for text in PROMPTS]
+    vectors = studio.imagine(rows, [1, 2, 3])
+    assert len(calls) == 1 and torch.equal(vectors, studio.imagine(rows, [4, 5, 6]))
     studio = studio_of(designs / "vae")
     studio.net.decoder = None
     assert studio.draw(PROMPTS, [0, 1, 2]).shape == (3, 64, 64, 3)
@@ -148,7 +151,7 @@ def test_a_run_on_its_way_draws_its_averages(micro_flags, tmp_path, capsys, plac
     train_until(micro_flags, tmp_path, place)
     capsys.readouterr()
     draw(tmp_path, tmp_path / "x.png", "a circle")
-    order = ["clip", "vae", "cache", "decode", "understand", "generate", "tune"]
+    order = ["clip", "vae", "cache", "decode", "understand", "generate", "tune", "edit"]
     missing = ", ".join(order[order.index(place[0]) :])
     said = capsys.readouterr().out.splitlines()
     assert said[1] == f"{tmp_path / 'checkpoint.pt'} is on its way; not finished: {missing}"
@@ -171,6 +174,7 @@ def test_a_tower_is_opened_where_a_picture_is_read(micro_flags, tmp_path, pictur
     torch.manual_seed(0)
     data.main(["photos", str(tmp_path / "photos"), *folder, *tower])
     flags = [*micro_flags, *(f"--{stage}_steps=1" for stage in STAGES)]
+    flags += ["--tune_steps=0", "--edit_steps=0"]
     train.main([*flags, "--data", str(tmp_path / "set"), "--out", str(tmp_path / "run")])
     opened, open_tower = [], data.open_tower
     monkeypatch.setattr(data, "open_tower", lambda *a: opened.append(a) or open_tower(*a))
@@ -212,8 +216,88 @@ def test_a_reconstruction_shows_the_picture_first(micro_run, picture, tmp_path):
     assert all(np.array_equal(tile(grid, 0, i), image) for i, image in enumerate(shown))
 
 
+def planner(monkeypatch, plans):
+    """The models say these plans, one after another, instead of their own."""
+    said = iter(plans)
+    monkeypatch.setattr(sample.Studio, "write", lambda self, rows, *_: [next(said) for _ in rows])
+
+
+def test_a_plan_is_printed_and_can_be_given(micro_run, tmp_path, capsys, monkeypatch):
+    """What is printed draws the same picture again, from the plan that stands in it."""
+    rows, imagine = [], sample.Studio.imagine
+    watch = lambda self, r, *a: rows.append([row[-1] for row in r]) or imagine(self, r, *a)  # noqa: E731
+    monkeypatch.setattr(sample.Studio, "imagine", watch)
+    planner(monkeypatch, ["red circle c4", "red circle f2"])
+    grid = draw(micro_run, tmp_path / "x.png", "a circle", "--count=2")
+    lines = capsys.readouterr().out.splitlines()[1:3]
+    assert lines == ["a circle | red circle c4", "a circle | red circle f2"]
+    again = draw(micro_run, tmp_path / "x.png", lines[0], "--count=2")
+    assert np.array_equal(tile(grid, 0, 0), tile(again, 0, 0))
+    first, second = ("bot", "red circle c4"), ("bot", "red circle f2")
+    assert rows == [[first, second], [first, first]]
+
+
+def test_plans_and_edits_do_not_depend_on_their_batch(micro_run):
+    """Nor does chance: a plan has a seed of its own. An edit depends on its picture."""
+    studio = studio_of(micro_run)
+    for p in studio.net.backbone.parameters():  # else all say the same
+        p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    together = studio.plan(PROMPTS, [1, 2, 3])
+    assert together == [studio.plan([t], [s])[0] for t, s in zip(PROMPTS, (1, 2, 3))]
+    assert together != studio.plan(PROMPTS, [4, 5, 6])
+    vectors = torch.randn(3, 64, 12)
+    edits = studio.draw(PROMPTS, [1, 2, 3], ["a b c1"] * 3, vectors)
+    for i in range(3):
+        alone = studio.draw(PROMPTS[i : i + 1], [i + 1], ["a b c1"], vectors[i : i + 1])
+        assert np.abs(alone[0].astype(int) - edits[i]).max() <= 1
+    assert not np.array_equal(edits, studio.draw(PROMPTS, [1, 2, 3], ["a b c1"] * 3))
+
+
+def test_an_instruction_edits_the_picture(micro_run, picture, tmp_path, capsys, monkeypatch):
+    """The picture comes first. An instruction that may mean two objects is drawn, with a word."""
+    told = {"circle": "two", "square": "one"}
+    answer = lambda _, vectors, questions: [told[questions[0].split()[2][:-1]]]  # noqa: E731
+    monkeypatch.setattr(sample.Studio, "answer", answer)
+    flags = ["make the circle red", "remove the square", "--image", str(picture), "--no-plan"]
+    grid = draw(micro_run, tmp_path / "x.png", *flags)
+    shown = np.asarray(Image.open(picture))
+    assert np.array_equal(tile(grid, 0, 0), shown) and np.array_equal(tile(grid, 1, 0), shown)
+    studio = studio_of(micro_run)
+    _, vectors = studio.open(picture)
+    edits = studio.draw(["remove the square"] * 2, [2, 3], None, vectors.expand(2, -1, -1))
+    assert np.array_equal(tile(grid, 1, 1), edits[0]) and np.array_equal(tile(grid, 1, 2), edits[1])
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if "guess" in line]
+    assert warning.startswith("'make the circle red': the model sees two circles")
+
+
+def test_a_chat_draws_answers_and_edits_in_its_context(micro_run, monkeypatch, tmp_path, capsys):
+    """A plan draws; a drawing begins anew; questions stay in the context until the next picture."""
+    said, rows = ["red circle c4", "one", "red circle c4; blue square c7", "blue circle a1"], []
+    write, imagine = iter(said), sample.Studio.imagine
+    monkeypatch.setattr(sample.Studio, "write", lambda self, r, *_: [next(write)])
+    watch = lambda self, r, *a: rows.append((r, a[-1])) or imagine(self, r, *a)  # noqa: E731
+    monkeypatch.setattr(sample.Studio, "imagine", watch)
+    turns = ["Draw a red circle.", "how many objects?", "add a blue square below it"]
+    turns = iter([*turns, "draw a blue circle", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(turns))
+    sample.main(["--run", str(micro_run), "--out", str(tmp_path / "x.png"), "--chat", *FEW])
+    assert [line for line in capsys.readouterr().out.splitlines() if line in said] == said
+    (first, none), (second, some), (third, anew) = rows
+    assert first == [[("user", "a red circle"), ("bot", said[0])]] and none is None
+    turns = [("user", "how many objects?"), ("bot", "one"), ("user", "add a blue square below it")]
+    assert second == [[("image", None), *turns, ("bot", said[2])]] and some.shape == (1, 64, 12)
+    assert third == [[("user", "a blue circle"), ("bot", said[3])]] and anew is None
+
+
+@pytest.mark.parametrize("words", [[], [""], ["a circle", " . "]])
+def test_nothing_to_do_and_empty_prompts_are_refused(micro_run, tmp_path, capsys, words):
+    with pytest.raises(SystemExit) as stop:
+        draw(micro_run, tmp_path / "x.png", *words)
+    assert stop.value.code == 2 and "expected" in capsys.readouterr().err
+
+
 BAD = "--steps=0 --count=0 --decoder_steps=-1 --guidance=many --stepz=3 --run=HERE/none --run=HERE"
-BAD += " --image=HERE/none.png --image=HERE/text.png --out=HERE/text.png/x.png"
+BAD += " --image=HERE/none.png --image=HERE/text.png --out=HERE/text.png/x.png --seed=-1"
 
 
 @pytest.mark.parametrize("flag", BAD.split())
@@ -230,9 +314,10 @@ def test_what_a_user_gets_wrong_ends_in_one_line(micro_run, tmp_path, capsys, fl
     assert not (tmp_path / "x.png").exists()
 
 
-ALIVE = "seed=1 count=1 steps=3 guidance=1 ode decoder_steps=3 decoder_guidance=1"
-ALIVE = {flag.split("=")[0]: f"--{flag}" for flag in ALIVE.split()} | {"prompts": "a square"}
-ELSEWHERE = {"run", "out", "image", "ask", "reconstruct"}  # shown by the tests above
+ALIVE = "seed=1 count=1 steps=3 guidance=1 ode decoder_steps=3 decoder_guidance=1 no-plan"
+ALIVE = {flag.split("=")[0].removeprefix("no-"): f"--{flag}" for flag in ALIVE.split()}
+ALIVE["prompts"] = "a square"
+ELSEWHERE = {"run", "out", "image", "ask", "reconstruct", "chat"}  # shown by the tests above
 SHOWN = [f.name for f in fields(sample.Settings) if f.name not in ELSEWHERE]
 
 

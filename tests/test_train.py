@@ -21,7 +21,7 @@ import train
 ROOT = Path(__file__).parents[1]
 HEAD = r"head\.|backbone\.queries"
 LEARNS = {"clip": r"clip\.", "vae": r"vae\.", "decode": r"decoder\.", "understand": r"backbone\."}
-LEARNS |= {"generate": HEAD, "tune": HEAD}
+LEARNS |= {"generate": HEAD, "tune": HEAD, "edit": HEAD}
 JOINT = r"head\.|backbone\.(queries|words|trunk)"  # what generation reads of the backbone
 
 
@@ -97,6 +97,8 @@ def test_a_stage_moves_what_it_trains_and_nothing_else(prepared, stage, flag):
     """Bit for bit; no buffer moves."""
     run = prepared(flag, f"--{stage}_steps=8")
     names = JOINT if (flag, LEARNS[stage]) == ("--joint", HEAD) else LEARNS[stage]
+    if stage == "edit" and names == JOINT:  # pictures are read too
+        names += r"|backbone\.(projector|position_embedding)"
     before = copied(run)
     train.train_stage(run, stage)
     moved = {name for name, x in copied(run).items() if not torch.equal(x, before[name])}
@@ -176,24 +178,94 @@ def test_a_batch_is_a_function_of_seed_stage_and_step(prepared):
         assert len(batch["images"]) == 2
 
 
+def roles(row):
+    return [role for role, _ in row]
+
+
 def test_prompts_are_captions_in_their_share_else_the_user_s_words(prepared):
     """Without such words always. The queries end every row. No held-out pair is named."""
     run, rng = prepared(), np.random.default_rng(0)
-    texts = [text for text in run.data.texts if text["clean"] != text["caption"]]
+    rows = [i for i, text in enumerate(run.data.texts) if text["clean"] != text["caption"]]
     held_out = [f"{color} {shape}" for shape, color in data.HELD_OUT]
-    clean = np.array([text["clean"] is not None for text in texts])
+    clean = np.array([run.data.texts[i]["clean"] is not None for i in rows])
     for share in (0.0, 0.1, 1.0):
-        ids = train.prompts(run, texts, rng, share)
-        assert (ids[:, -run.config.queries :] == M.QUERY).all()
-        said = [run.tokenizer.decode(row) for row in ids.tolist()]
+        made = [train.prompt(run, i, rng, share) for i in rows]
+        assert all(row[-1] == ("queries", None) for row in made)
+        said = [row[0][1] for row in made]
+        texts = [run.data.texts[i] for i in rows]
         assert all(s in (text["caption"], text["clean"]) for s, text in zip(said, texts))
         assert not any(pair in s for pair in held_out for s in said)
         broad = np.array([s != text["clean"] for s, text in zip(said, texts)])
         assert broad[~clean].all() and abs(broad[clean].mean() - share) < 0.05
+        planned = [row[1] for row in made if len(row) == 3]
+        plans = [
+            ("bot", data.in_order(text["plan"], row[0][1]))
+            for text, row in zip(texts, made)
+            if len(row) == 3
+        ]
+        assert planned == plans and abs(len(plans) / len(made) - train.PLANNED) < 0.07
     for stage, share in (("generate", 1.0), ("tune", 0.1)):
-        with patch.object(train, "prompts", return_value=torch.zeros(1)) as prompts:
+        with patch.object(train, "prompt", return_value=[("queries", None)]) as prompts:
             train.STAGES[stage].batch(run, np.arange(4), rng)
         assert prompts.call_args.args[-1] == share
+
+
+def test_an_edit_leads_from_its_picture_to_the_next_or_the_one_before(prepared):
+    """After at most two questions about it. The plan is that of the picture it makes."""
+    run, rng, asked = prepared(), np.random.default_rng(0), set()
+    for i in [i for i in run.data.train_ids if run.data.texts[i]["edits"]]:
+        (row, target), text = train.edit(run, i, rng), run.data.texts[i]
+        assert [i, target] in ([i, i + 1], [i, i - 1])
+        instruction, offset = text["edits"][0]
+        assert target == i + offset and ("user", instruction) in row
+        said = [(role, content) for role, content in row if role in ("user", "bot")]
+        place = said.index(("user", instruction))
+        pairs = [list(pair) for pair in zip(*(iter(c for _, c in said[:place]),) * 2)]
+        assert all(pair in text["qa"] for pair in pairs) and roles(row)[0] == "image"
+        asked.add(len(pairs))
+        assert said[place + 1 :] in ([], [("bot", run.data.texts[target]["plan"])])
+    assert asked == {0, 1, 2}
+
+
+def test_a_batch_of_edits_is_half_prompts(prepared):
+    """The last rows are edits: their pictures are read, and are the source of what is drawn."""
+    run, rng = prepared(), np.random.default_rng(0)
+    ids = np.array([i for i in run.data.train_ids if run.data.texts[i]["edits"]][:4])
+    batch = train.edit_batch(run, ids, rng)
+    images = (batch["ids"] == M.IMAGE).sum(1).tolist()
+    assert images == [0, 0, 64, 64]
+    targets = [i + run.data.texts[i]["edits"][0][1] for i in ids[2:]]
+    x = run.cached("clip", np.repeat([*ids[:2], *targets], 2))
+    assert torch.equal(batch["x"], x)
+    assert torch.equal(batch["vectors"], run.cached("clip", ids[2:]))
+    assert torch.equal(batch["source"], run.cached("clip", np.repeat(ids[2:], 2)))
+
+
+def test_half_of_the_words_that_a_plan_copies_are_swapped(prepared):
+    """In prompt and plan alike, for words that no plan holds. All else stays."""
+    run, rng, swapped = prepared(), np.random.default_rng(0), []
+    names = [*data.COLORS, *data.SHAPES]
+    text = "a red circle left of a blue square"
+    row = [("user", text), ("bot", "red circle c4; blue square f2"), ("queries", None)]
+    for _ in range(200):
+        ids, learn = run.sequences([row])
+        before = ids.clone()
+        train.swap_words(run, ids, learn, rng)
+        pairs = set(zip(before[0].tolist(), ids[0].tolist()))
+        assert len(pairs) == len({old for old, _ in pairs})  # one new word for each old one
+        changed = [(old, new) for old, new in pairs if old != new]
+        decoded = [tuple(run.tokenizer.decode([i]) for i in pair) for pair in changed]
+        assert all(old in names and new not in names for old, new in decoded)
+        swapped.append(len(changed))
+    assert 1.6 < np.mean(swapped) < 2.4  # of four
+
+
+def test_a_stage_without_what_it_needs_is_refused(prepared):
+    run = prepared()
+    for text in run.data.texts:
+        text["edits"] = []
+    with pytest.raises(ValueError, match="--edit_steps 0"):
+        train.train_stage(run, "edit")
 
 
 def test_equal_captions_are_no_negatives(prepared):
@@ -204,24 +276,31 @@ def test_equal_captions_are_no_negatives(prepared):
     assert same.tolist() == [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
 
 
-def test_a_dialogue_ends_with_the_caption_after_at_most_four_questions(prepared):
-    """In a quarter of the steps, prompts to repeat come instead."""
-    run, rng, asked = prepared(), np.random.default_rng(0), []
-    sequences, repeats = run.sequences, 0
-    run.sequences = lambda rows: asked.extend(rows) or sequences(rows)
-    for _ in range(400):
-        asked.clear()
-        ids = rng.choice(run.data.train_ids, 4)
-        learns = "learn" in train.understand_batch(run, ids, rng)
-        repeats += not learns
-        for i, (first, *turns) in zip(ids, asked if learns else ()):
-            text, said = run.data.texts[i], [words for _, words in turns]
-            pairs = [list(pair) for pair in zip(said[::2], said[1::2])]
-            assert first == ("image", None) and pairs.pop() == ["describe", text["caption"]]
-            assert [role for role, _ in turns] == ["user", "bot"] * (len(pairs) + 1)
-            assert 2 <= len({question for question, _ in pairs}) == len(pairs) <= 4
-            assert all(pair in text["qa"] for pair in pairs)
-    assert 70 < repeats < 130
+def test_a_dialogue_ends_with_the_caption_and_the_plan(prepared):
+    """Before stand at most four questions, each once."""
+    run, rng = prepared(), np.random.default_rng(0)
+    for text in run.data.texts[:200]:
+        first, *turns = train.dialogue(text, rng)
+        said = [words for _, words in turns]
+        pairs = [list(pair) for pair in zip(said[::2], said[1::2])]
+        assert first == ("image", None) and roles(turns) == ["user", "bot"] * len(pairs)
+        assert pairs.pop() == [data.LOCATE, text["plan"]]
+        assert pairs.pop() == ["describe", text["caption"]]
+        assert 2 <= len({question for question, _ in pairs}) == len(pairs) <= 4
+        assert all(pair in text["qa"] for pair in pairs)
+
+
+def test_understanding_learns_from_prompts_dialogues_and_edits(prepared):
+    """Prompts in half of the steps; edits in a quarter of the other rows that have one."""
+    run, rng, prompts, edits = prepared(), np.random.default_rng(0), 0, []
+    for _ in range(300):
+        batch = train.understand_batch(run, rng.choice(run.data.train_ids, 4), rng)
+        prompts += "vectors" not in batch
+        images, queries = ((batch["ids"] == i).any(1) for i in (M.IMAGE, M.QUERY))
+        assert images.all() if "vectors" in batch else queries.all() and not images.any()
+        edits += (images & queries).tolist() if "vectors" in batch else []
+    share = np.mean([bool(run.data.texts[i]["edits"]) for i in run.data.train_ids])
+    assert 120 < prompts < 180 and abs(np.mean(edits) - share / 4) < 0.06
 
 
 def test_learning_rate_by_hand():
@@ -240,7 +319,8 @@ def test_orthogonalised_matrices_keep_their_singular_vectors(shape, dtype, error
     torch.manual_seed(0)
     matrix = torch.randn(shape) * scale
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    moved = u.mT @ train.orthogonalise(matrix, dtype).float() @ vh.mT
+    both = torch.stack([torch.randn(shape), matrix])
+    moved = u.mT @ train.orthogonalise(both, dtype)[1].float() @ vh.mT
     values = moved.diagonal()
     assert (moved - values.diag()).abs().max() < error
     assert ((0.6 < values) & (values < 1.3))[s > 0.1 * s[0]].all()
@@ -250,7 +330,7 @@ def test_orthogonalised_matrices_keep_their_singular_vectors(shape, dtype, error
 def test_muon_is_torch_s(dtype):
     """Five steps follow torch.optim.Muon, which rounds its iteration to bf16."""
     torch.manual_seed(0)
-    start = [torch.randn(shape) for shape in ((16, 16), (32, 8), (8, 48))]
+    start = [torch.randn(shape) for shape in ((16, 16), (32, 8), (16, 16), (8, 48))]
     mine, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
     ours = train.Muon(mine, 0.1, dtype)
     ours.param_groups[0]["lr"] = 0.02
@@ -522,6 +602,7 @@ ALIVE = {
     "generate": "generate_steps=3 generate_batch=2 target=vae objective=mse joint"
     " no-self_conditioning generate_shift=1.0 head_patch=4 head_width=64 head_depth=2",
     "tune": "tune_steps=3 generate_draws=1",
+    "edit": "edit_steps=3 edit_batch=2",
 }
 ALIVE = {re.sub("=.*|no-", "", f): (f"--{f}", s) for s, fs in ALIVE.items() for f in fs.split()}
 ELSEWHERE = {"data", "out", "init", "device", "compile"}  # shown by the tests above

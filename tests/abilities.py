@@ -1,0 +1,278 @@
+"""Scores what a run can do besides ShapesEval: plans, changes of pictures, their undoing, dialogues
+and round trips, all by the exact checker.
+
+    python tests/abilities.py --run out/demo          writes abilities.json beside the checkpoint
+"""
+
+import json
+import re
+import sys
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import shapeseval as se  # noqa: E402  (found through the line above)
+from shapeseval import data, share  # noqa: E402
+
+from sample import Chat, Studio, find_run  # noqa: E402
+
+NEAR = 6  # px, from the centre of a planned cell
+SAME = 5  # px, of an object that was to stay
+TRIPS = 400  # captions and pictures of the round trips
+CELL = data.SIDE / 8
+Object = data.Object
+
+
+def parse_plan(text):
+    """A plan as Objects without size: x, y = centres of cells. None where it is no plan."""
+    if not data.PLAN.fullmatch(text):
+        return None
+    rows = [line.split() for line in text.split("; ")]
+    middles = [("abcdefgh".index(c[0]) + 0.5, int(c[1]) - 0.5) for _, _, c in rows]
+    return [
+        Object(shape, color, x * CELL, y * CELL, 0, 0)
+        for (color, shape, _), (x, y) in zip(rows, middles)
+    ]
+
+
+def distance(a, b):
+    return float(np.hypot(a.x - b.x, a.y - b.y))
+
+
+def matched(wanted, found, reach):
+    """The objects of `found` that are none of `wanted`, or None if one of those is missing: each
+    takes the nearest of its kind within `reach` px."""
+    left = list(found)
+    for o in wanted:
+        near = [item for item in left if item and item[:2] == o[:2] and distance(o, item) <= reach]
+        if not near:
+            return None
+        left.remove(min(near, key=lambda item: distance(o, item)))
+    return left
+
+
+def places_kept(plan, found):
+    """How many objects of a plan stand within NEAR px of their cells, each found object once."""
+    left, hits = list(found), 0
+    for o in plan:
+        near = [item for item in left if item and item[:2] == o[:2] and distance(o, item) <= NEAR]
+        if near:
+            hits += 1
+            left.remove(min(near, key=lambda item: distance(o, item)))
+    return hits
+
+
+def judge_edit(before, after, instruction, found):
+    """Whether the objects found in a picture are `before` with the instruction carried out.
+
+    What `before` and `after` share must be there, within SAME px, and nothing else but what is
+    new. That has its kind, and its relation if the instruction names one, else its place.
+    """
+    kept = [o for o in after if o in before]
+    new = [o for o in after if o not in before]
+    left = matched(kept, found, SAME)
+    if left is None or len(left) != len(new):
+        return False
+    if not new:
+        return True
+    (item,), (wanted,) = left, new
+    if not item or item[:2] != wanted[:2]:
+        return False
+    relation = re.search("|".join(data.RELATIONS), instruction)
+    if not relation:
+        return distance(item, wanted) <= SAME
+    name = instruction.split(relation[0])[-1].removeprefix(" the ").strip()
+    anchors = [o for o in kept if name in ("it", o.shape, f"{o.color} {o.shape}")]
+    (anchor,) = anchors
+    return relation[0] in data.relations(item, anchor)
+
+
+def edit_cases(seed, count, held=False):
+    """`count` changes of each kind: (kind, objects before, after, instruction, way back). With
+    `held`, those that make a pair that training never shows."""
+    rng, cases = np.random.default_rng([seed, 2]), defaultdict(list)
+    while len(cases) < 4 or min(map(len, cases.values())) < count:
+        objects, _ = data.random_scene(rng)
+        if held:
+            objects = swap_in_held(objects, rng)
+        changed = data.change(objects, rng)
+        if not changed:
+            continue
+        after, there, back = changed
+        cases[there.split()[0]].append((objects, after, there, back))
+        cases[back.split()[0]].append((after, objects, back, there))
+    return [(kind, *case) for kind, rows in cases.items() for case in rows[:count]]
+
+
+def swap_in_held(objects, rng):
+    """The scene, one object of which gets the color that its shape never has in training."""
+    i = rng.integers(len(objects))
+    color = next(color for shape, color in data.HELD_OUT if shape == objects[i].shape)
+    return [o._replace(color=color) if n == i else o for n, o in enumerate(objects)]
+
+
+def evaluate_edits(studio, seed, count, held=False, planned=True):
+    """{"edit": {kind: share}, "undo": {kind: share}}: the undoing reads the drawn picture."""
+    cases = edit_cases(seed, count, held)
+    kinds, before, after, there, back = zip(*cases)
+    rng = np.random.default_rng([seed, 3])
+    images = np.stack([data.paint(objects, rng) for objects in before])
+    seeds = [seed * 1_000_000 + i for i in range(len(cases))]
+    table = {}
+    for name, texts, start, end in (("edit", there, before, after), ("undo", back, after, before)):
+        vectors = se.in_batches(studio.see, images)
+        plans = [None] * len(cases)
+        if planned:
+            plans = se.in_batches(lambda t, v: studio.plan(t, None, v), texts, vectors)
+            right = [Counter(o[:2] for o in parse_plan(p) or []) for p in plans]
+            hits = [p == Counter(o[:2] for o in objects) for p, objects in zip(right, end)]
+            table[f"{name}_plan"] = share(hits)
+        images = se.in_batches(studio.draw, texts, seeds, plans, vectors)
+        found = se.find_objects(images)
+        hits = [judge_edit(*row) for row in zip(start, end, texts, found)]
+        rows = {kind: share(h for k, h in zip(kinds, hits) if k == kind) for kind in set(kinds)}
+        table[name] = rows | {"mean": float(np.mean(list(rows.values())))}
+    return table
+
+
+def evaluate_plans(studio, seed, count):
+    """ShapesEval, each prompt planned, then drawn; and whether the pictures keep to the plans."""
+    scores = {}
+    sets = {n: [p for p in ps for _ in range(count)] for n, ps in se.eval_prompts().items()}
+    for name, prompts in (sets | {"long": se.long_prompts()}).items():
+        seeds = [seed * 1_000_000 + i for i in range(len(prompts))]
+        texts = [p.text for p in prompts]
+        plans = se.in_batches(studio.plan, texts, seeds)
+        images = se.in_batches(studio.draw, texts, seeds, plans)
+        table, found = se.score_prompts(prompts, images), se.find_objects(images)
+        parsed = [parse_plan(plan) for plan in plans]
+        scores[name] = table["strict"] | {"entropy": table["entropy"]}
+        right = [bool(plan) and se.judge(p, plan) for p, plan in zip(prompts, parsed)]
+        scores[name]["plans_right"] = share(right)
+        kept = sum(places_kept(plan or [], items) for plan, items in zip(parsed, found))
+        scores[name]["places_kept"] = kept / max(1, sum(len(plan or []) for plan in parsed))
+    return scores
+
+
+def dialogues():
+    """Ten scripts of four turns: what is said, and the answer, or the objects and a relation."""
+    pairs = [("red", "circle"), ("blue", "square"), ("green", "triangle"), ("orange", "circle")]
+    pairs += [("yellow", "square"), ("purple", "triangle"), ("blue", "circle"), ("red", "square")]
+    pairs += [("orange", "triangle"), ("green", "circle")]
+    scripts = []
+    for i, (color, shape) in enumerate(pairs):
+        other_color, other = next(p for p in pairs[i + 1 :] + pairs if p[1] != shape)
+        relation = list(data.RELATIONS)[i % 4]
+        new_color = [c for c in data.COLORS if (shape, c) in data.SEEN and c != color][i % 4]
+        one, two = (shape, color), (other, other_color)
+        ending = [
+            ("what color is the " + other + "?", other_color),
+            (f"make the {shape} {new_color}", ([(shape, new_color), two], None)),
+            (f"remove the {shape}", ([two], None)),
+        ][i % 3]
+        scripts.append([
+            (f"draw {data.noun(*one)}", ([one], None)),
+            ("how many objects are there?", "one"),
+            (f"add {data.noun(*two)} {relation} it", ([two, one], relation)),
+            ending,
+        ])  # fmt: skip
+    return scripts
+
+
+def evaluate_dialogues(studio):
+    """Share of the turns that are right, and the number of dialogues right in all turns."""
+    turns, whole = [], 0
+    for script in dialogues():
+        chat, hits = Chat(studio), []
+        for text, wanted in script:
+            said, picture = chat.say(text)
+            if isinstance(wanted, str):
+                hits.append(picture is None and said == wanted)
+            elif picture is None:
+                hits.append(False)
+            else:
+                prompt = se.Prompt(text, "two", tuple(wanted[0]), wanted[1])
+                hits.append(se.judge(prompt, se.find_objects(picture[None])[0]))
+        turns += hits
+        whole += all(hits)
+    return {"turns": share(turns), "dialogues_right": whole, "dialogues": len(dialogues())}
+
+
+def mmd(a, b):
+    """Squared maximum mean discrepancy of two sets of rows (n, D), with a Gaussian kernel whose
+    width is the median distance."""
+    rows = torch.cat([a, b])
+    squares = torch.cdist(rows, rows).square()
+    kernel = (-squares / squares.median()).exp()
+    n = len(a)
+    same = [
+        (k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (kernel[:n, :n], kernel[n:, n:])
+    ]
+    return float(sum(same) - 2 * kernel[:n, n:].mean())
+
+
+def evaluate_round_trips(studio, seed, limit):
+    """Text -> vectors -> text, text -> picture -> text, picture -> text -> picture: shares whose
+    objects are the same; and how far drawn vectors lie from real ones, beside two real sets."""
+    prompts = se.long_prompts(limit)
+    texts = [p.text for p in prompts]
+    seeds = [seed * 1_000_000 + i for i in range(limit)]
+    wanted = [Counter(p.objects) for p in prompts]
+    made = se.in_batches(studio.imagine, [[("user", text)] for text in texts], seeds)
+    describe = [data.DESCRIBE] * limit
+    scores = {}
+    again = se.in_batches(studio.paint, made, seeds)
+    for name, vectors in (("vectors", made), ("picture", se.in_batches(studio.see, again))):
+        said = se.in_batches(studio.answer, vectors, describe)
+        hits = [se.parse_caption(text) == pairs for text, pairs in zip(said, wanted)]
+        scores[f"text_{name}_text"] = share(hits)
+    rng = np.random.default_rng([seed, 4])
+    scenes = [data.random_scene(rng)[0] for _ in range(2 * limit)]
+    images = np.stack([data.paint(objects, rng) for objects in scenes])
+    real = se.in_batches(studio.see, images)
+    said = se.in_batches(studio.answer, real[:limit], describe)
+    drawn = se.find_objects(se.in_batches(studio.draw, said, seeds))
+    hits = [
+        Counter(item and item[:2] for item in found) == Counter(o[:2] for o in objects)
+        for found, objects in zip(drawn, scenes)
+    ]
+    scores["picture_text_picture"] = share(hits)
+    flat = [v.cpu().flatten(1) for v in (made, real[:limit], real[limit:])]
+    scores["mmd_generated"], scores["mmd_real"] = mmd(*flat[:2]), mmd(*flat[1:])
+    return scores
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to score: the fields are the flags, the comments their help."""
+
+    run: str = ""  # folder of a run, or a checkpoint; without, the newest below out/
+    out: str = ""  # file to write; without, abilities.json beside the checkpoint
+    seed: int = 0  # of the noise
+    count: int = 4  # pictures for each prompt
+    edits: int = 100  # changes of each kind
+
+
+def main(arguments=None):
+    with data.plain_errors("abilities.py"):
+        s = data.parse(Settings, __doc__, arguments)
+        path = find_run(s.run)
+        studio = Studio(path)
+        scores = {"plan": evaluate_plans(studio, s.seed, s.count)}
+        for name, held in (("seen", False), ("heldout", True)):
+            scores[f"edits_{name}"] = evaluate_edits(studio, s.seed, s.edits, held)
+        scores["edits_unplanned"] = evaluate_edits(studio, s.seed, s.edits, planned=False)
+        scores["dialogues"] = evaluate_dialogues(studio)
+        scores["round_trips"] = evaluate_round_trips(studio, s.seed, TRIPS)
+        text = json.dumps(scores, indent=2)
+        target = Path(s.out or path.with_name("abilities.json"))
+        data.write_whole(target, lambda temporary: temporary.write_text(text))
+        print(f"{text}\n{target}")
+
+
+if __name__ == "__main__":
+    main()

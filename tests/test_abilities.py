@@ -1,0 +1,143 @@
+"""The judges of plans, edits and dialogues accept what is right and refuse near misses."""
+
+import abilities
+import numpy as np
+import pytest
+import shapeseval
+import torch
+from abilities import Object, judge_edit, matched, parse_plan, places_kept
+
+import data
+
+RED = Object("circle", "red", 20.0, 20.0, 16.0, 16.0)
+BLUE = Object("square", "blue", 44.0, 22.0, 18.0, 18.0)
+GREEN = Object("triangle", "green", 20.0, 46.0, 20.0, 17.3)
+
+
+def test_plans_are_read_back():
+    """Cells have their centres; objects stand within half a cell of them."""
+    assert parse_plan("red circle c3; blue square f8")[1][:4] == ("square", "blue", 44, 60)
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        objects, _ = data.random_scene(rng)
+        plan = parse_plan(data.plan(objects))
+        assert sorted(o[:2] for o in plan) == sorted(o[:2] for o in objects)
+        assert places_kept(plan, objects) == len(objects)
+    for text in ("two", "red circle", "red circle c3;", ""):
+        assert parse_plan(text) is None
+
+
+def test_places_are_kept_once_and_within_reach():
+    plan = parse_plan("red circle c3; red circle c3; blue square f3")
+    assert places_kept(plan, [RED, BLUE]) == 2  # the second circle is missing
+    assert places_kept(plan, [RED._replace(x=27.0), BLUE._replace(color="red"), None]) == 0
+
+
+CASES = [
+    ("make the circle green", [RED._replace(color="green"), BLUE]),
+    ("remove the circle", [BLUE]),
+    ("move the circle below the square", [RED._replace(x=42.0, y=50.0), BLUE]),
+    ("add a green triangle below the red circle", [RED, BLUE, GREEN]),
+]
+
+
+@pytest.mark.parametrize("instruction, after", CASES)
+def test_an_edit_is_judged_exactly(instruction, after):
+    """Right is what is asked, up to a few px, in any order. Every near miss is refused."""
+    before = [RED, BLUE]
+
+    def right(found):
+        return judge_edit(before, after, instruction, found)
+
+    assert right(after) and right(after[::-1])
+    assert right([o._replace(x=o.x + 2, y=o.y - 2) for o in after])
+    assert not right(before) and not right([]) and not right([*after, None])
+    assert not right([*after, RED._replace(y=60.0)])  # one too many
+    for i, o in enumerate(after):
+        rest = after[:i] + after[i + 1 :]
+        assert not right(rest)
+        assert not right([*rest, o._replace(color="purple")])
+        assert not right([*rest, o._replace(shape="square" if o.shape != "square" else "circle")])
+        away = o._replace(y=o.y - 40 if o.y > 40 else o.y + 30)
+        assert not right([*rest, away])
+
+
+def test_what_stays_takes_the_nearest_of_its_kind():
+    near, far = RED._replace(x=22.0), RED._replace(x=24.0)
+    assert matched([RED], [far, near, None], 5) == [far, None]
+    assert matched([RED, RED], [near, BLUE], 5) is None
+
+
+def test_real_edits_are_judged_right_and_their_beginnings_wrong():
+    """By the pictures of the scenes, as drawings are judged; with held-out pairs too."""
+    rng = np.random.default_rng(0)
+    for held in (False, True):
+        cases = abilities.edit_cases(0, 20, held)
+        assert len(cases) == 80
+        for kind, before, after, there, _ in cases:
+            assert there.split()[0] == kind
+            images = np.stack([data.paint(objects, rng) for objects in (after, before)])
+            right, wrong = shapeseval.find_objects(images)
+            assert judge_edit(before, after, there, right)
+            assert not judge_edit(before, after, there, wrong)
+    held = [{o[:2] for o in before} & data.HELD_OUT for _, before, *_ in cases]
+    assert np.mean([bool(pairs) for pairs in held]) > 0.5
+
+
+def test_ten_dialogues_of_four_turns():
+    """With pairs of training only. The answer to a picture is what the checker finds in it."""
+    scripts = abilities.dialogues()
+    assert [len(script) for script in scripts] == [4] * 10
+    for script in scripts:
+        for _, wanted in script:
+            assert isinstance(wanted, str) or not data.HELD_OUT & set(wanted[0])
+
+
+@pytest.mark.parametrize("broken", [None, "answer", "picture"])
+def test_a_dialogue_counts_if_every_turn_is_right(monkeypatch, broken):
+    class Perfect:
+        """Says and draws what the script wants, but for one turn of each dialogue."""
+
+        def __init__(self, studio):
+            self.turns = iter(next(scripts))
+
+        def say(self, text):
+            turn, wanted = next(self.turns)
+            assert turn == text
+            if isinstance(wanted, str):
+                return ("many" if broken == "answer" else wanted), None
+            pairs = wanted[0][: 1 if broken == "picture" else None]
+            objects = data.place(pairs, rng, wanted[1] if len(pairs) > 1 else None)
+            return "plan", data.paint(objects, rng)
+
+    scripts, rng = iter(abilities.dialogues()), np.random.default_rng(0)
+    monkeypatch.setattr(abilities, "Chat", Perfect)
+    scores = abilities.evaluate_dialogues(None)
+    assert scores["dialogues_right"] == (0 if broken else 10) and scores["dialogues"] == 10
+    assert (scores["turns"] == 1) == (broken is None)
+
+
+def test_mmd_tells_two_distributions_from_one():
+    torch.manual_seed(0)
+    a, b, c = torch.randn(300, 4), torch.randn(300, 4), torch.randn(300, 4) + 0.5
+    assert abs(abilities.mmd(a, b)) < 0.01 < 0.03 < abilities.mmd(a, c)
+
+
+def test_a_micro_run_gets_all_scores(micro_run, tmp_path, monkeypatch):
+    """Every score is a share, but the distances."""
+    monkeypatch.setattr(
+        shapeseval,
+        "eval_prompts",
+        lambda: {"seen": [shapeseval.Prompt("a circle", "single", (("circle", None),))] * 2},
+    )
+    monkeypatch.setattr(shapeseval, "long_prompts", lambda count=2: PROMPTS[:2] * (count // 2))
+    PROMPTS = [
+        shapeseval.Prompt(f"a {c} circle", "long", (("circle", c),)) for c in ("red", "blue")
+    ]
+    out = tmp_path / "scores.json"
+    flags = ["--run", str(micro_run), "--out", str(out), "--count=1", "--edits=2"]
+    monkeypatch.setattr(abilities, "TRIPS", 4)
+    abilities.main(flags)
+    text = out.read_text()
+    for name in ("plans_right", "places_kept", "undo", "dialogues_right", "mmd_real", "remove"):
+        assert f'"{name}"' in text
