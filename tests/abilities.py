@@ -1,10 +1,10 @@
-"""Scores what a run can do besides ShapesEval: plans, changes of pictures, their undoing, dialogues
-and round trips, all by the exact checker.
+"""Scores what a run can do besides ShapesEval: edits, their undoing, dialogues and round trips.
 
-    python tests/abilities.py --run out/demo          writes abilities.json beside the checkpoint
+python tests/abilities.py --run out/demo          writes abilities.json beside the checkpoint
 """
 
 import json
+import math
 import re
 import sys
 from collections import Counter, defaultdict
@@ -20,50 +20,8 @@ from shapeseval import data, share  # noqa: E402
 
 from sample import Chat, Studio, find_run  # noqa: E402
 
-NEAR = 6  # px, from the centre of a planned cell
 SAME = 5  # px, of an object that was to stay
 TRIPS = 400  # captions and pictures of the round trips
-CELL = data.SIDE / 8
-Object = data.Object
-
-
-def parse_plan(text):
-    """A plan as Objects without size: x, y = centres of cells. None where it is no plan."""
-    if not data.PLAN.fullmatch(text):
-        return None
-    rows = [line.split() for line in text.split("; ")]
-    middles = [("abcdefgh".index(c[0]) + 0.5, int(c[1]) - 0.5) for _, _, c in rows]
-    return [
-        Object(shape, color, x * CELL, y * CELL, 0, 0)
-        for (color, shape, _), (x, y) in zip(rows, middles)
-    ]
-
-
-def distance(a, b):
-    return float(np.hypot(a.x - b.x, a.y - b.y))
-
-
-def matched(wanted, found, reach):
-    """The objects of `found` that are none of `wanted`, or None if one of those is missing: each
-    takes the nearest of its kind within `reach` px."""
-    left = list(found)
-    for o in wanted:
-        near = [item for item in left if item and item[:2] == o[:2] and distance(o, item) <= reach]
-        if not near:
-            return None
-        left.remove(min(near, key=lambda item: distance(o, item)))
-    return left
-
-
-def places_kept(plan, found):
-    """How many objects of a plan stand within NEAR px of their cells, each found object once."""
-    left, hits = list(found), 0
-    for o in plan:
-        near = [item for item in left if item and item[:2] == o[:2] and distance(o, item) <= NEAR]
-        if near:
-            hits += 1
-            left.remove(min(near, key=lambda item: distance(o, item)))
-    return hits
 
 
 def judge_edit(before, after, instruction, found):
@@ -74,8 +32,8 @@ def judge_edit(before, after, instruction, found):
     """
     kept = [o for o in after if o in before]
     new = [o for o in after if o not in before]
-    left = matched(kept, found, SAME)
-    if left is None or len(left) != len(new):
+    hits, left = se.take_nearest(kept, found, SAME)
+    if hits < len(kept) or len(left) != len(new):
         return False
     if not new:
         return True
@@ -84,7 +42,7 @@ def judge_edit(before, after, instruction, found):
         return False
     relation = re.search("|".join(data.RELATIONS), instruction)
     if not relation:
-        return distance(item, wanted) <= SAME
+        return math.dist(item[2:4], wanted[2:4]) <= SAME
     name = instruction.split(relation[0])[-1].removeprefix(" the ").strip()
     anchors = [o for o in kept if name in ("it", o.shape, f"{o.color} {o.shape}")]
     (anchor,) = anchors
@@ -128,7 +86,7 @@ def evaluate_edits(studio, seed, count, held=False, planned=True):
         plans = [None] * len(cases)
         if planned:
             plans = se.in_batches(lambda t, v: studio.plan(t, None, v), texts, vectors)
-            right = [Counter(o[:2] for o in parse_plan(p) or []) for p in plans]
+            right = [Counter(o[:2] for o in se.parse_plan(p)) for p in plans]
             hits = [p == Counter(o[:2] for o in objects) for p, objects in zip(right, end)]
             table[f"{name}_plan"] = share(hits)
         images = se.in_batches(studio.draw, texts, seeds, plans, vectors)
@@ -137,25 +95,6 @@ def evaluate_edits(studio, seed, count, held=False, planned=True):
         rows = {kind: share(h for k, h in zip(kinds, hits) if k == kind) for kind in set(kinds)}
         table[name] = rows | {"mean": float(np.mean(list(rows.values())))}
     return table
-
-
-def evaluate_plans(studio, seed, count):
-    """ShapesEval, each prompt planned, then drawn; and whether the pictures keep to the plans."""
-    scores = {}
-    sets = {n: [p for p in ps for _ in range(count)] for n, ps in se.eval_prompts().items()}
-    for name, prompts in (sets | {"long": se.long_prompts()}).items():
-        seeds = [seed * 1_000_000 + i for i in range(len(prompts))]
-        texts = [p.text for p in prompts]
-        plans = se.in_batches(studio.plan, texts, seeds)
-        images = se.in_batches(studio.draw, texts, seeds, plans)
-        table, found = se.score_prompts(prompts, images), se.find_objects(images)
-        parsed = [parse_plan(plan) for plan in plans]
-        scores[name] = table["strict"] | {"entropy": table["entropy"]}
-        right = [bool(plan) and se.judge(p, plan) for p, plan in zip(prompts, parsed)]
-        scores[name]["plans_right"] = share(right)
-        kept = sum(places_kept(plan or [], items) for plan, items in zip(parsed, found))
-        scores[name]["places_kept"] = kept / max(1, sum(len(plan or []) for plan in parsed))
-    return scores
 
 
 def dialogues():
@@ -253,7 +192,6 @@ class Settings:
     run: str = ""  # folder of a run, or a checkpoint; without, the newest below out/
     out: str = ""  # file to write; without, abilities.json beside the checkpoint
     seed: int = 0  # of the noise
-    count: int = 4  # pictures for each prompt
     edits: int = 100  # changes of each kind
 
 
@@ -262,7 +200,7 @@ def main(arguments=None):
         s = data.parse(Settings, __doc__, arguments)
         path = find_run(s.run)
         studio = Studio(path)
-        scores = {"plan": evaluate_plans(studio, s.seed, s.count)}
+        scores = {}
         for name, held in (("seen", False), ("heldout", True)):
             scores[f"edits_{name}"] = evaluate_edits(studio, s.seed, s.edits, held)
         scores["edits_unplanned"] = evaluate_edits(studio, s.seed, s.edits, planned=False)

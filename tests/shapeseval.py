@@ -29,6 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data  # noqa: E402  (found through the line above)
 import model as M  # noqa: E402
+from sample import Settings as Drawing  # noqa: E402
 from sample import Studio, find_run  # noqa: E402
 
 # A text and what it asks for. objects: (shape, color) pairs, where None means any.
@@ -244,6 +245,44 @@ def score_prompts(prompts, images):
     return table
 
 
+REACH = 6  # px, from the centre of a planned cell
+CELL = data.SIDE / 8
+
+
+def parse_plan(text):
+    """A plan as Objects without size: x, y = centres of cells. [] where it is no plan."""
+    if not data.PLAN.fullmatch(text):
+        return []
+    rows = [line.split() for line in text.split("; ")]
+    middles = [("abcdefgh".index(cell[0]) + 0.5, int(cell[1]) - 0.5) for _, _, cell in rows]
+    return [
+        data.Object(shape, color, x * CELL, y * CELL, 0, 0)
+        for (color, shape, _), (x, y) in zip(rows, middles)
+    ]
+
+
+def take_nearest(wanted, found, reach):
+    """How many of the wanted Objects are found within `reach` px, and the items that are left.
+    Each takes the nearest of its kind."""
+    left, hits = list(found), 0
+    for o in wanted:
+        near = [item for item in left if item and item[:2] == o[:2]]
+        item = min(near, key=lambda item: math.dist(item[2:4], o[2:4]), default=None)
+        if item and math.dist(item[2:4], o[2:4]) <= reach:
+            left.remove(item)
+            hits += 1
+    return hits, left
+
+
+def score_plans(prompts, plans, images):
+    """Shares of plans that are what their prompts ask for, and of planned objects that stand
+    within REACH px of their cells in the pictures (B, 64, 64, 3)."""
+    plans = [parse_plan(text) for text in plans]
+    right = [judge(prompt, plan) for prompt, plan in zip(prompts, plans)]
+    kept = [take_nearest(*row, REACH)[0] for row in zip(plans, find_objects(images))]
+    return {"plans_right": share(right), "places_kept": sum(kept) / max(1, sum(map(len, plans)))}
+
+
 def real_picture(prompt, rng):
     """A rendered scene (64, 64, 3) that fits a prompt. What is not named is never held out."""
     pairs = []
@@ -254,15 +293,23 @@ def real_picture(prompt, rng):
 
 
 def evaluate_shapes(studio, seed, count):
-    """ShapesEval with `count` pictures a prompt: the first ones drawn, nothing is chosen. The
-    ceilings are judged on a real scene for each seen prompt, and on its reconstruction."""
-    once, tables = eval_prompts(), {}
+    """ShapesEval with `count` pictures a prompt: the first ones drawn, nothing is chosen.
+
+    Prompts are planned first, unless the studio's settings say otherwise. The ceilings are judged
+    on a real scene for each seen prompt, and on its reconstruction.
+    """
+    once, tables, planned = eval_prompts(), {}, {}
     sets = {name: [p for p in prompts for _ in range(count)] for name, prompts in once.items()}
     sets["long"] = long_prompts()
     for name, prompts in sets.items():
         seeds = [seed * 1_000_000 + i for i in range(len(prompts))]
-        images = in_batches(studio.draw, [p.text for p in prompts], seeds)
+        texts, plans = [p.text for p in prompts], [None] * len(prompts)
+        if studio.settings.plan:
+            plans = in_batches(studio.plan, texts, seeds)
+        images = in_batches(studio.draw, texts, seeds, plans)
         tables[name] = score_prompts(prompts, images)
+        if studio.settings.plan:
+            planned[name] = score_plans(prompts, plans, images)
     scores = {f"{name}_strict": table["strict"]["mean"] for name, table in tables.items()}
     scores["seen_geneval"] = tables["seen"]["geneval"]["mean"]
     scores["floor"] = tables["seen"]["floor"]["mean"]
@@ -272,7 +319,8 @@ def evaluate_shapes(studio, seed, count):
     again = in_batches(studio.paint, in_batches(studio.see, real), range(len(real)))
     for name, images in (("render", real), ("reconstruction", again)):
         scores[f"ceiling_{name}"] = score_prompts(once["seen"], images)["strict"]["mean"]
-    return scores | {"per_category": {name: table["strict"] for name, table in tables.items()}}
+    categories = {name: table["strict"] for name, table in tables.items()}
+    return scores | {"plans": planned, "per_category": categories}
 
 
 def kind_of(question):
@@ -485,6 +533,7 @@ class Settings:
     out: str = ""  # file to write; without, scores.json beside the checkpoint
     seed: int = 0  # of the noise
     count: int = 4  # pictures for each prompt
+    plan: bool = True  # plan before drawing
 
     def __post_init__(self):
         if not (0 <= self.seed <= 2000 and 1 <= self.count <= 1000):
@@ -501,7 +550,9 @@ def main(arguments=None):
         target.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=target.parent).close()  # fails now rather than after the work
         print(f"checkpoint {path}")
-        text = json.dumps(evaluate_run(Studio(path), s.seed, s.count), indent=2)
+        text = json.dumps(
+            evaluate_run(Studio(path, Drawing(plan=s.plan)), s.seed, s.count), indent=2
+        )
         data.write_whole(target, lambda temporary: temporary.write_text(text))
         print(f"{text}\n{target}")
 

@@ -242,8 +242,47 @@ def test_wrong_input_ends_in_one_line_before_anything_is_computed(tmp_path, caps
 
 def test_scores_are_written_and_printed(tmp_path, capsys, monkeypatch):
     (tmp_path / "checkpoint.pt").write_bytes(b"")
-    monkeypatch.setattr(S, "Studio", lambda path: path)
-    monkeypatch.setattr(S, "evaluate_run", lambda studio, seed, count: {"seed": seed + count})
-    S.main(["--run", str(tmp_path), "--seed", "2", "--count", "3"])
-    assert json.loads((tmp_path / "scores.json").read_text()) == {"seed": 5}
+    monkeypatch.setattr(S, "Studio", lambda path, drawing: drawing)
+    monkeypatch.setattr(
+        S, "evaluate_run", lambda drawing, seed, count: {"seed": seed + count, "plan": drawing.plan}
+    )
+    S.main(["--run", str(tmp_path), "--seed", "2", "--count", "3", "--no-plan"])
+    assert json.loads((tmp_path / "scores.json").read_text()) == {"seed": 5, "plan": False}
     assert str(tmp_path / "scores.json") in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------- the plans
+
+REAL_RED = data.Object("circle", "red", 20.0, 20.0, 16.0, 16.0)
+REAL_BLUE = data.Object("square", "blue", 44.0, 22.0, 18.0, 18.0)
+
+
+def test_plans_are_read_back():
+    """Cells have their centres; objects stand within half a cell of them."""
+    assert S.parse_plan("red circle c3; blue square f8")[1][:4] == ("square", "blue", 44, 60)
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        objects, _ = data.random_scene(rng)
+        plan = S.parse_plan(data.plan(objects))
+        assert sorted(o[:2] for o in plan) == sorted(o[:2] for o in objects)
+        assert S.take_nearest(plan, objects, S.REACH) == (len(objects), [])
+    for text in ("two", "red circle", "red circle c3;", ""):
+        assert S.parse_plan(text) == []
+
+
+def test_what_is_wanted_takes_the_nearest_of_its_kind_once():
+    near, far = REAL_RED._replace(x=22.0), REAL_RED._replace(x=24.0)
+    assert S.take_nearest([REAL_RED], [far, near, None], 5) == (1, [far, None])
+    assert S.take_nearest([REAL_RED, REAL_RED], [near, REAL_BLUE], 5) == (1, [REAL_BLUE])
+    assert S.take_nearest([REAL_RED], [REAL_RED._replace(x=27.0)], 5)[0] == 0
+
+
+def test_plans_are_scored_by_their_prompts_and_their_pictures():
+    """The second plan is wrong; the third picture has its object elsewhere."""
+    prompts = [S.Prompt("a red circle", "single", (("circle", "red"),))] * 3
+    plans = ["red circle c3", "blue circle c3", "red circle g7"]
+    blue = REAL_RED._replace(color="blue")
+    rng = np.random.default_rng(0)
+    images = np.stack([data.paint([o], rng) for o in (REAL_RED, blue, REAL_RED)])
+    scores = S.score_plans(prompts, plans, images)
+    assert scores == {"plans_right": 2 / 3, "places_kept": 2 / 3}
