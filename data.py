@@ -17,7 +17,7 @@ import zlib
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from io import BytesIO
@@ -35,7 +35,6 @@ from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.utils.data import BatchSampler
 from torchvision.transforms.v2.functional import normalize
 from tqdm import tqdm
 
@@ -382,10 +381,6 @@ class Tower(torch.nn.Module):
         if grid != tokens:
             raise ValueError(f"--tokens {tokens}: expected a square number, such as 64")
 
-    def train(self, mode=True):
-        """Stays in evaluation mode: a parent's .train() must not wake its dropout."""
-        return super().train(False)
-
     @torch.no_grad()
     def forward(self, images):
         facts = self.model.pretrained_cfg
@@ -402,11 +397,12 @@ def open_tower(name, tokens=64, weights=""):
 
     ValueError where the name, the file or the network does not give the tower that is asked for.
     """
-    load, missing = torch.nn.Module.load_state_dict, []
+    load = torch.nn.Module.load_state_dict
 
-    def lenient(model, state, strict=True, **how):
+    def complete(model, state, strict=True, **how):
         result = load(model, state, strict=False, **how)
-        missing.extend(result.missing_keys)
+        if missing := result.missing_keys:
+            raise ValueError(f"{len(missing)} parameters are missing: {', '.join(missing)}")
         return result
 
     try:
@@ -424,17 +420,12 @@ def open_tower(name, tokens=64, weights=""):
             how["pretrained_cfg_overlay"] = {"file": weights}
             tag = f"{name} {zlib.crc32(Path(weights).read_bytes()):08x}"
         # timm takes what fits of any file, and leaves the rest random
-        with patch.object(torch.nn.Module, "load_state_dict", lenient):
+        with patch.object(torch.nn.Module, "load_state_dict", complete):
             model = timm.create_model(name, weights != "untrained", num_classes=0, **how)
-        if missing:
-            raise ValueError(f"{len(missing)} parameters are missing: {', '.join(missing)}")
         return Tower(model, side, tokens, tag)
     except Exception as error:  # the hub, safetensors and timm each have their own kinds
-        source = "timm's hub (go online, or give a file of its weights by --weights)"
-        if weights:
-            source = f"{weights} (.safetensors or torch.save; of timm, open_clip or OpenAI)"
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"cannot open tower {name} from {source}: {reason:.200}") from error
+        source = weights or "timm's hub (go online, or give a file of its weights by --weights)"
+        raise ValueError(f"cannot open tower {name} from {source}: {error!r:.200}") from error
 
 
 def ask_hub():
@@ -466,10 +457,10 @@ def open_picture(data, sides):
         raise ValueError("more than 40 megapixels")
     if short < 8 or long > 3 * short:
         raise ValueError("a side under 8 px, or aspect beyond 3")
+    if image.mode[0] in "IF":  # Pillow would clip them to white
+        raise ValueError("more than 8 bits a channel")
     try:
         image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip
-            image = eight_bits(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -479,37 +470,17 @@ def open_picture(data, sides):
     return [np.array(ImageOps.fit(image, (side, side), Image.BICUBIC)) for side in sides]
 
 
-def eight_bits(image):
-    """A PIL image of 16 or 32 bits, where 1, 255, 65535 or the maximum is white -> mode L."""
-    values = np.asarray(image, np.float32)
-    top = values.max()
-    full = 65535 if "16" in image.mode else max(top, 255 if top > 1 else 1)
-    grey = np.where(values == image.info.get("transparency"), 255, values * 255 / full)
-    return Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-
-
-def kind_of(name):
-    """What a file is by its name: "picture", "hidden", or its ending."""
-    if "/." in f"/{name}":  # macOS puts ._photo.jpg beside a file
-        return "hidden"
-    ending = name.suffix.lower()
-    return "picture" if Image.registered_extensions().get(ending) in FORMATS else ending
-
-
 def find_files(source, dropped):
-    """{name: (size, function that reads it)} of each file of a folder or a tar."""
+    """[(name, size, function that reads it)] of each file of a folder or a tar."""
     if source.is_dir():
         paths = [path for path in sorted(source.rglob("*")) if path.is_file()]
-        return {path.relative_to(source): (path.stat().st_size, path.read_bytes) for path in paths}
-    files = {}
+        return [(path.relative_to(source), path.stat().st_size, path.read_bytes) for path in paths]
+    files = []
     try:
-        # several archives may follow each other: reads on after an end mark
-        shard = tarfile.open(source, ignore_zeros=True)
-        for member in shard:
-            name = Path(member.name)
-            if member.isfile():
-                dropped["duplicate key"] += name in files and kind_of(name) == "picture"
-                files[name] = member.size, partial(read_member, shard, member)
+        shard = tarfile.open(source, ignore_zeros=True)  # archives may follow each other
+        for member in filter(tarfile.TarInfo.isfile, shard):
+            read = partial(read_member, shard, member)
+            files.append((Path(member.name), member.size, read))
         shard.fileobj.seek(shard.offset - 512)
         dropped["damaged shard"] += any(shard.fileobj.read())  # it ends without a mark
     except Exception:  # tarfile raises nearly anything on broken headers
@@ -519,33 +490,26 @@ def find_files(source, dropped):
 
 def read_member(shard, member):
     """The bytes of a file in a tar; none where the tar is damaged."""
-    try:
+    with suppress(Exception):
         return shard.extractfile(member).read()
-    except Exception:
-        return b""
+    return b""
 
 
-def read_samples(source, dropped):
-    """Yields (picture bytes, caption bytes) of one source: a folder, or a tar shard.
+def find_samples(source, dropped):
+    """[(facts, function that reads the picture, function that reads its caption)] of a source.
 
-    dropped: a Counter of the reasons why pictures are not used.
+    A picture without a caption is there too, with an empty one. Facts tell what a source holds.
     """
-    files = find_files(source, dropped)
-    captions = {
-        name.with_suffix(""): read for name, (_, read) in files.items() if kind_of(name) == ".txt"
-    }
-    for name, (_, read) in files.items():
-        caption = captions.get(name.with_suffix(""))
-        if kind_of(name) == "picture" and caption:
-            yield read(), caption()
-        elif kind_of(name) == "picture":
-            dropped["missing caption"] += 1
+    files, kinds, samples = find_files(source, dropped), Image.registered_extensions(), []
+    texts = {name.with_suffix(""): file for name, *file in files if name.suffix.lower() == ".txt"}
+    for name, size, read in files:
+        if kinds.get(name.suffix.lower()) in FORMATS:
+            length, caption = texts.get(name.with_suffix(""), (0, bytes))
+            samples.append((f"{name} {size} {length}", read, caption))
+    return samples
 
 
 # ------------------------------------------------------------------------------ the prepared set
-
-# the settings that make a set another one
-MEANING = ("kind", "side", "count", "seed", "tag", "tokens")
 
 
 def prepare(settings, sources, read):
@@ -556,9 +520,12 @@ def prepare(settings, sources, read):
     """
     out = settings["out"]
     note = Path(out, "settings.json")
+    if not sources:
+        raise ValueError("nothing to prepare; --help lists the flags")
     with lock(out):
         old = json.loads(note.read_text()) if note.exists() else settings
-        for name in MEANING:
+        # each of these makes it another set
+        for name in ("kind", "side", "count", "seed", "tag", "tokens"):
             if old.get(name) != settings.get(name):
                 raise ValueError(f"{out} has another {name}, {old.get(name)}: delete it first")
         text = json.dumps(settings | {"parts": list(sources)}, indent=1)
@@ -567,15 +534,11 @@ def prepare(settings, sources, read):
             part = note.with_name(name)
             if not part.exists():
                 texts, rows, dropped = read(source)
-                hashes = [zlib.crc32(image.numpy()) for image in rows["images"]]
-                rows["hashes"] = torch.tensor(hashes, dtype=torch.int64)
+                rows["hashes"] = torch.tensor([zlib.crc32(row.numpy()) for row in rows["images"]])
                 facts = {"texts": json.dumps(texts), "dropped": json.dumps(dropped)}
                 write_whole(part, partial(save_file, rows, metadata=facts))
     made = PreparedSet(out)
-    lost = made.dropped.total()
-    if lost > len(made):
-        print("WARNING: MORE THAN HALF OF THE PICTURES IS LOST")
-    print(f"{out}: {len(made)} kept, {lost} dropped {dict(made.dropped)}; {settings['side']} px")
+    print(f"{out}: {len(made)} kept, {made.dropped.total()} dropped {dict(made.dropped)}")
     return made
 
 
@@ -664,10 +627,6 @@ class Photos:
     weights: str = ""  # file of the tower's weights; timm's hub without
     device: str = "auto"  # of the tower
 
-    def __post_init__(self):
-        if not self.sources:
-            raise ValueError("expected tar shards or folders of pictures; --help lists the flags")
-
     def prepare(self):
         """Opens the pictures -> PreparedSet."""
         parts, tower = {}, None
@@ -677,11 +636,8 @@ class Photos:
             for path in found or [pattern]:
                 path = Path(path).resolve(strict=True)
                 # a part is known by what it holds: not by where and when that was written
-                files = find_files(path, Counter()).items()
-                held = [
-                    f"{name} {n}" for name, (n, _) in files if kind_of(name) in ("picture", ".txt")
-                ]
-                crc = zlib.crc32(f"{held}".encode())
+                facts = [facts for facts, *_ in find_samples(path, Counter())]
+                crc = zlib.crc32(f"{facts}".encode())
                 parts[f"part-{path.stem}-{crc:08x}.safetensors"] = path
         settings = {"kind": "photos", "side": self.size, "channels": None, **asdict(self)}
         if self.tower:
@@ -692,44 +648,37 @@ class Photos:
     def read(self, tower, source):
         """The texts, rows and dropped samples of one source."""
         texts, images, features, dropped = [], [], [], Counter()
+        samples = find_samples(source, dropped)
         sides = [self.size, tower.side] if tower else [self.size]
-        samples = tqdm(read_samples(source, dropped), source.name, unit="image", leave=False)
         with ThreadPoolExecutor() as pool:
-            for batch in BatchSampler(samples, 32, drop_last=False):
-                views = []
-                for text, *pictures in pool.map(partial(open_sample, sides), batch):
-                    if pictures:
-                        texts.append({"caption": text, "clean": None, "qa": []})
-                        images.append(pictures[0])
-                        views += pictures[1:]
-                    else:
-                        dropped[text] += 1
-                if views:
-                    views = torch.from_numpy(np.stack(views)).to(find_device(self.device))
-                    features.append(tower(views).half().cpu())
+            for i in tqdm(range(0, len(samples), 32), source.name, leave=False):
+                batch = [(picture(), caption()) for _, picture, caption in samples[i : i + 32]]
+                opened = [pool.submit(open_sample, sides, *sample) for sample in batch]
+                dropped.update(str(s.exception()) for s in opened if s.exception())
+                kept = [s.result() for s in opened if not s.exception()]
+                texts += [{"caption": text, "clean": None, "qa": []} for text, *_ in kept]
+                images += [image for _, image, *_ in kept]
+                if tower and kept:
+                    views = torch.from_numpy(np.stack([view for *_, view in kept]))
+                    features.append(tower(views.to(find_device(self.device))).half().cpu())
         if not texts:
-            endings = dict(Counter(map(kind_of, find_files(source, Counter()))))
-            wanted = "pictures with captions in .txt of the same names, in folders or tar shards"
-            raise ValueError(f"no sample in {source}: {endings}, {+dropped}; expected {wanted}")
+            endings = dict(Counter(name.suffix for name, *_ in find_files(source, Counter())))
+            found = f"no sample in {source}: {endings}, {+dropped}"
+            raise ValueError(f"{found}; expected pictures with captions in .txt beside them")
         rows = {"images": torch.from_numpy(np.stack(images))}
         if tower:
             rows["features"] = torch.cat(features)
-            bad = (~rows["features"].isfinite()).sum()
-            if bad:
-                raise ValueError(f"{tower.tag}: {bad} features are not finite in half precision")
+            if not rows["features"].isfinite().all():
+                raise ValueError(f"{tower.tag}: features are not finite in half precision")
         return texts, rows, +dropped
 
 
-def open_sample(sides, sample):
-    """A sample of `read_samples` -> (caption, picture at each side), or (why it is dropped,)."""
-    picture, caption = sample
-    caption = tidy(caption.decode("utf-8-sig", "replace"))
-    try:
-        if not caption or "\ufffd" in caption:
-            raise ValueError("caption is empty or not UTF-8")
-        return caption, *open_picture(picture, sides)
-    except ValueError as reason:
-        return (str(reason),)
+def open_sample(sides, picture, caption):
+    """Bytes of a picture and of its caption -> (caption, picture at each side), or ValueError."""
+    text = tidy(caption.decode("utf-8-sig", "replace"))
+    if not text or "\ufffd" in text:
+        raise ValueError("no .txt with a caption in UTF-8")
+    return text, *open_picture(picture, sides)
 
 
 def main(arguments=None):

@@ -486,6 +486,8 @@ def load_checkpoint(path, device="cpu"):
         else:
             state = torch.load(path, device, weights_only=True)
         version = state["version"]
+    except OSError:  # it is missing, a folder, or not readable, and says so
+        raise
     except Exception as error:  # each format has errors of its own
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path} is no whole checkpoint ({reason:.100}): delete it") from error
@@ -566,13 +568,17 @@ class Run:
         finite = math.isfinite(loss) and (math.isfinite(norm) or self.dtype is torch.float16)
         if not finite:  # with fp16 the scaler skips steps whose gradients overflow
             raise ValueError(f"stage {stage}, step {step}: loss {loss}, norm {norm}: try less --lr")
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0) + now - self.began
-        self.began = now
+        self.clock(stage)
         bar.set_postfix_str(f"loss {loss:.3f}, norm {norm:.2f}, rate {rate:.1e}")
         if RANK == 0:
             with open(self.out / f"{stage}.csv", "a") as file:
                 print(step, loss, norm, rate, f"{self.seconds[stage]:.1f}", sep=",", file=file)
+
+    def clock(self, stage):
+        """Books the time since the last call to a stage."""
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0) + now - self.began
+        self.began = now
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -618,6 +624,7 @@ def train(c):
             fill_cache(run)
         elif getattr(c, f"{name}_steps") and (name != "clip" or m.clip is not None):
             train_stage(run, name)
+        run.clock(name)
         run.save(ORDER[ORDER.index(name) + 1])
     total = sum(run.seconds.values())
     print(f"trained in {total:.0f} s: {run.path}")
