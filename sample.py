@@ -39,11 +39,11 @@ class Settings:
     chat: bool = False  # talk: "draw ..." begins a picture, then questions and changes
     seed: int = 0  # of the noise
     count: int = 4  # pictures for each prompt
-    steps: int = 25  # of the flow head
-    guidance: float = 2.5  # of the flow head; 1 is off
+    steps: int = 8  # of the flow head
+    guidance: float = 1.5  # of the flow head; 1 is off
     ode: bool = False  # solve the flow's equation; without, each step draws new noise
-    decoder_steps: int = 4  # of the decoder
-    decoder_guidance: float = 1.5  # of the decoder; 1 is off
+    decoder_steps: int = 2  # of the decoder
+    decoder_guidance: float = 1.0  # of the decoder; 1 is off
 
     def __post_init__(self):
         if min(self.count, self.steps, self.decoder_steps) < 1:

@@ -276,18 +276,53 @@ def test_equal_captions_are_no_negatives(prepared):
     assert same.tolist() == [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
 
 
-def test_a_dialogue_ends_with_the_caption_and_the_plan(prepared):
+def test_a_dialogue_ends_with_the_caption_and_at_times_the_plan(prepared):
     """Before stand at most four questions, each once."""
-    run, rng = prepared(), np.random.default_rng(0)
-    for text in run.data.texts[:200]:
+    run, rng, planned = prepared(), np.random.default_rng(0), 0
+    for text in run.data.texts[:400]:
         first, *turns = train.dialogue(text, rng)
         said = [words for _, words in turns]
         pairs = [list(pair) for pair in zip(said[::2], said[1::2])]
         assert first == ("image", None) and roles(turns) == ["user", "bot"] * len(pairs)
-        assert pairs.pop() == [data.LOCATE, text["plan"]]
+        if pairs[-1][0] == data.LOCATE:
+            assert pairs.pop()[1] == text["plan"]
+            planned += 1
         assert pairs.pop() == ["describe", text["caption"]]
         assert 2 <= len({question for question, _ in pairs}) == len(pairs) <= 4
         assert all(pair in text["qa"] for pair in pairs)
+    assert 80 < planned < 160
+
+
+def layout(run, row):
+    """A sequence as results.md shows it: slots are counted, what carries loss is in brackets."""
+    names = {M.BOS: "<bos>", M.USER: "<user>", M.BOT: "<bot>", M.EOS: "<eos>"}
+    names |= {M.IMAGE: "<image>", M.QUERY: "<query>"}
+    ids, learn = (rows[0].tolist() for rows in run.sequences([row]))
+    text = ""
+    for i, learned in zip(ids, learn):
+        piece = names.get(i) or ("" if i == M.PAD else run.tokenizer.pieces[i].decode())
+        text += f"[{piece}]" if learned else piece
+    text = text.replace("][", "")
+    slots = re.compile("(<image>|<query>)+")
+    return slots.sub(lambda m: f"{m[1]} x {len(m[0]) // len(m[1])} ", text).strip()
+
+
+def test_the_layouts_of_all_tasks_are_those_of_the_results(prepared):
+    """The sequence of each task, drawn in notebooks/results.md."""
+    run, rng = prepared(), np.random.default_rng(1)
+    question, plan = ["what color is the circle?", "red"], "blue circle c4"
+    texts = {"caption": "a red circle", "clean": "a circle", "plan": "red circle c4"}
+    texts["qa"], texts["edits"] = [question], [["make the circle blue", 1]]
+    run.data.texts[:2] = texts, texts | {"plan": plan}
+    with patch.object(train, "PLANNED", 1):
+        rows = [train.dialogue(texts, rng) for _ in range(9)]
+        rows += [train.prompt(run, 0, rng, share) for share in (0, 1)]
+        rows += [train.edit(run, 0, rng)[0] for _ in range(9)]
+    with patch.object(train, "PLANNED", 0):
+        rows += [train.prompt(run, 0, rng, 1), *(train.edit(run, 0, rng)[0] for _ in range(9))]
+    shown = re.findall(r"^    (<bos>.*)", (ROOT / "notebooks/results.md").read_text(), re.M)
+    made = {layout(run, row) for row in rows}
+    assert len(shown) == 8 and set(shown) <= made, made - set(shown)
 
 
 def test_understanding_learns_from_prompts_dialogues_and_edits(prepared):
