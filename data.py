@@ -244,12 +244,9 @@ def change(objects, rng):
     relation = str(rng.choice([r for r in RELATIONS if r not in links]))
     beside = [b, *(o for o in others if o is not b)]
     after = place([a[:2]], rng, relation, beside, a.w, tries=1000)
-    lost = [r for r in links if after and r not in relations(*after[:2])]
-    if not lost:
-        return None
     there = f"move {name} {relation} {called(b, objects, rng)}"
-    back = f"move {called(a, objects, rng)} {lost[0]} {called(b, objects, rng)}"
-    return after, phrase(there, rng), phrase(back, rng)
+    back = f"move {called(a, objects, rng)} {links[0]} {called(b, objects, rng)}"
+    return (after, phrase(there, rng), phrase(back, rng)) if after else None
 
 
 def phrase(instruction, rng):

@@ -76,16 +76,14 @@ class Config:
     clip_steps: int = 600  # steps of stage clip
     vae_steps: int = 1400  # steps of stage vae
     decode_steps: int = 1100  # steps of stage decode
-    understand_steps: int = 1800  # steps of stage understand
-    generate_steps: int = 800  # steps of stage generate
-    tune_steps: int = 1000  # steps of stage tune
-    edit_steps: int = 1000  # steps of stage edit
+    understand_steps: int = 1600  # steps of stage understand
+    generate_steps: int = 500  # steps of stage generate
+    tune_steps: int = 1500  # steps of stage tune
     clip_batch: int = 24  # images a step of stage clip
     vae_batch: int = 16  # images a step of stage vae
     decode_batch: int = 32  # images a step of stage decode
-    understand_batch: int = 16  # sequences a step of stage understand
+    understand_batch: int = 24  # sequences a step of stage understand
     generate_batch: int = 32  # prompts a step of stages generate and tune
-    edit_batch: int = 16  # prompts and edits a step of stage edit, in equal parts
     generate_draws: int = 4  # noise draws for each prompt, which share a pass of the backbone
     accumulate: int = 1  # parts of a batch, one after another
     generate_shift: float = 2.0  # schedule shift in training; above 1 more times near noise
@@ -142,8 +140,8 @@ def decode_loss(model, generator, latents, vectors):
 
 
 def understand_batch(run, ids, rng):
-    """In half of the steps prompts, in the others pictures: dialogues, and changes to make."""
-    if rng.random() < 0.5:
+    """In 40 % of the steps prompts, in the others pictures: dialogues, and changes to make."""
+    if rng.random() < 0.4:
         sequences, learn = run.sequences([prompt(run, i, rng, 0.5) for i in ids])
         swap_words(run, sequences, learn, rng)
         return {"ids": sequences, "learn": learn}
@@ -156,11 +154,11 @@ def understand_batch(run, ids, rng):
 
 
 def swap_words(run, ids, learn, rng):
-    """Puts other words for 40 % of those that a plan takes from its prompt, in both. So a plan
+    """Puts other words for 30 % of those that a plan takes from its prompt, in both. So a plan
     learns to copy what is said, not what is usual: pairs come true that it has never seen."""
     for row, planned in zip(ids, learn):
         for word in set(row[planned].tolist()) & set(row[~planned].tolist()):
-            if word >= M.FIRST_WORD and rng.random() < 0.4:
+            if word >= M.FIRST_WORD and rng.random() < 0.3:
                 row[row == word] = int(rng.choice(run.spare))
 
 
@@ -171,7 +169,7 @@ def dialogue(text, rng):
         question, answer = text["qa"][i]
         row += [("user", question), ("bot", answer)]
     row += [("user", D.DESCRIBE), ("bot", text["caption"])]
-    if text.get("plan") and rng.random() < 0.3:
+    if text.get("plan") and rng.random() < 0.5:
         row += [("user", D.LOCATE), ("bot", text["plan"])]
     return row
 
@@ -207,52 +205,56 @@ def understand_loss(model, generator, ids, learn, vectors=None):
     return model.backbone(ids, learn, vectors)
 
 
-def generate_batch(run, ids, rng, broad_share=1.0):
-    """Prompts, and the targets of their K draws, which share one pass of the backbone."""
-    sequences, _ = run.sequences([prompt(run, i, rng, broad_share) for i in ids])
+def generate_batch(run, ids, rng):
+    """Captions, and the targets of their K draws, which share one pass of the backbone."""
+    sequences, _ = run.sequences([prompt(run, i, rng, 1.0) for i in ids])
     x = run.cached(run.config.target, np.repeat(ids, run.config.generate_draws))
     return {"ids": sequences, "x": x}
 
 
 def tune_batch(run, ids, rng):
-    return generate_batch(run, ids, rng, broad_share=0.1)
-
-
-def edit_batch(run, ids, rng):
-    """Half prompts, so that drawing is not forgotten, and half changes of pictures."""
-    c, half = run.config, len(ids) // 2
-    changes = [edit(run, i, rng) for i in ids[half:]]
-    rows = [prompt(run, i, rng, 0.1) for i in ids[:half]] + [row for row, _ in changes]
-    targets = [*ids[:half], *(target for _, target in changes)]
-    batch = {"ids": run.sequences(rows)[0]}
-    batch["x"] = run.cached(c.target, np.repeat(targets, c.generate_draws))
-    batch["vectors"] = run.cached("clip", ids[half:])
-    batch["source"] = run.cached(c.target, np.repeat(ids[half:], c.generate_draws))
+    """Instructions: prompts in a user's words, and edits for a quarter of the rows."""
+    c = run.config
+    plain, changed = [], []
+    for i in ids:
+        chosen = run.data.texts[i].get("edits") and len(changed) < len(ids) // 4
+        (changed if chosen else plain).append(i)
+    batch = {"ids": run.sequences([prompt(run, i, rng, 0.1) for i in plain])[0]}
+    if changed:
+        rows, made = zip(*(edit(run, i, rng) for i in changed))
+        batch["edit_ids"], _ = run.sequences(rows)
+        batch["vectors"] = run.cached("clip", changed)
+        batch["source"] = run.cached(c.target, np.repeat(changed, c.generate_draws))
+        plain += made
+    batch["x"] = run.cached(c.target, np.repeat(plain, c.generate_draws))
     return batch
 
 
-def generate_loss(model, generator, ids, x, vectors=None, source=None):
-    """The flow head makes the vectors or latents x (B, N, C) of the prompts (P, T), B = P K. The
-    last prompts may be changes of pictures, whose vectors they hold."""
+def generate_loss(model, generator, ids, x, edit_ids=None, vectors=None, source=None):
+    """The flow head makes the vectors or latents x (B, N, C) of prompts (P, T), B = P K. Edits
+    stand behind the prompts: `source` is what they change, in x's space."""
     c = model.config
     x = model.normalise[c.target](x)
-    if vectors is not None:
+    states = query_states(model, ids)
+    if edit_ids is not None:
         vectors = model.normalise["clip"](vectors)
         source = model.normalise[c.target](source)
-    if c.joint:
-        states = model.backbone.states(ids, vectors)[:, -c.queries :]
-    else:
-        states = model.backbone.query_states(ids, vectors)
+        states = torch.cat([states, query_states(model, edit_ids, vectors)])
     if c.objective == "mse":
         return M.regression_loss(model.head, x, states)
     cond = M.drop_condition(states, generator)
     return M.flow_loss(model.head, x, cond, generator, c.generate_shift, source)
 
 
+def query_states(model, ids, vectors=None):
+    if model.config.joint:
+        return model.backbone.states(ids, vectors)[:, -model.config.queries :]
+    return model.backbone.query_states(ids, vectors)
+
+
 # What learns, by the beginning of its name; all else is frozen. The batch is a function of (run,
-# ids of pictures, rng), the loss of (model, generator, **batch) and gives a loss for each row. The
-# pictures are those whose texts have what a stage needs.
-Stage = namedtuple("Stage", "learns batch loss needs", defaults=["caption"])
+# ids of pictures, rng), the loss of (model, generator, **batch) and gives a loss for each row.
+Stage = namedtuple("Stage", "learns batch loss")
 STAGES = {
     "clip": Stage(("clip.",), clip_batch, clip_loss),
     "vae": Stage(("vae.",), vae_batch, vae_loss),
@@ -260,8 +262,7 @@ STAGES = {
     "decode": Stage(("decoder.",), decode_batch, decode_loss),
     "understand": Stage(("backbone.",), understand_batch, understand_loss),
     "generate": Stage(("head.", "backbone.queries"), generate_batch, generate_loss),
-    "tune": Stage(("head.", "backbone.queries"), tune_batch, generate_loss, "clean"),
-    "edit": Stage(("head.", "backbone.queries"), edit_batch, generate_loss, "edits"),
+    "tune": Stage(("head.", "backbone.queries"), tune_batch, generate_loss),
     "done": None,
 }
 ORDER = list(STAGES)
@@ -338,10 +339,7 @@ class Batches(Dataset):
     def __init__(self, run, stage, pool):
         self.run = run
         self.stage = stage
-        needs = STAGES[stage].needs
-        self.pool = [i for i in pool if run.data.texts[i].get(needs)]  # ids of pictures
-        if not self.pool:
-            raise ValueError(f"the set has no {needs!r}: use --{stage}_steps 0")
+        self.pool = pool  # ids of pictures
         size = "generate_batch" if stage == "tune" else f"{stage}_batch"
         self.rows = max(1, getattr(run.config, size) // (run.config.accumulate * WORLD))
 

@@ -13,7 +13,7 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 import data  # noqa: E402  (found through the line above)
 import train  # noqa: E402
 
-STAGES = ("clip", "vae", "decode", "understand", "generate", "tune", "edit")
+STAGES = ("clip", "vae", "decode", "understand", "generate", "tune")
 WIDTHS = ("clip_width", "width", "head_width", "decoder_width")
 SIZES = {f"{stage}_steps": 6 for stage in STAGES} | dict.fromkeys(WIDTHS, 32)
 SIZES |= {f"{stage}_batch": 4 for stage in STAGES if stage != "tune"}

@@ -151,7 +151,7 @@ def test_a_run_on_its_way_draws_its_averages(micro_flags, tmp_path, capsys, plac
     train_until(micro_flags, tmp_path, place)
     capsys.readouterr()
     draw(tmp_path, tmp_path / "x.png", "a circle")
-    order = ["clip", "vae", "cache", "decode", "understand", "generate", "tune", "edit"]
+    order = ["clip", "vae", "cache", "decode", "understand", "generate", "tune"]
     missing = ", ".join(order[order.index(place[0]) :])
     said = capsys.readouterr().out.splitlines()
     assert said[1] == f"{tmp_path / 'checkpoint.pt'} is on its way; not finished: {missing}"
@@ -174,7 +174,6 @@ def test_a_tower_is_opened_where_a_picture_is_read(micro_flags, tmp_path, pictur
     torch.manual_seed(0)
     data.main(["photos", str(tmp_path / "photos"), *folder, *tower])
     flags = [*micro_flags, *(f"--{stage}_steps=1" for stage in STAGES)]
-    flags += ["--tune_steps=0", "--edit_steps=0"]
     train.main([*flags, "--data", str(tmp_path / "set"), "--out", str(tmp_path / "run")])
     opened, open_tower = [], data.open_tower
     monkeypatch.setattr(data, "open_tower", lambda *a: opened.append(a) or open_tower(*a))
