@@ -161,23 +161,24 @@ def place(pairs, rng, relation=None, beside=(), width=None, tries=10**9):
 
     Each is 1 px from the border, and boxes are 2 px apart. A relation holds from object 0 to
     object 1, with a margin. A scene that jams starts again with the same sizes: size must not
-    betray the count. After so many tries the answer is [].
+    betray the count. After so many tries of a hundred layouts the answer is [].
     """
     ratios = np.array([(1, SHAPES[shape].height) for shape, _ in pairs])
     sizes = (width or rng.uniform(14, 26, (len(pairs), 1))) * ratios  # (objects, 2)
     fixed = np.reshape([o[2:] for o in beside], (-1, 4))
-    for _ in range(tries):
-        centres = rng.uniform(1 + sizes / 2, SIDE - 1 - sizes / 2)
-        boxes = np.concatenate([np.concatenate([centres, sizes], axis=1), fixed])
-        at, size = boxes[:, :2], boxes[:, 2:]
-        gaps = np.abs(at[:, None] - at) - (size[:, None] + size) / 2
-        apart = (gaps.max(-1) >= 2) | np.eye(len(boxes), dtype=bool)
-        if not apart.all():
-            continue
-        new = [Object(*pair, *box) for pair, box in zip(pairs, boxes.tolist())]
-        objects = [*new, *beside]
-        if not relation or relation in relations(*objects[:2], least=0.55):
-            return objects
+    size = np.concatenate([sizes, fixed[:, 2:]])
+    least = (size[:, None] + size) / 2 + 2
+    for _ in range(tries):  # a hundred layouts at a time
+        centres = rng.uniform(1 + sizes / 2, SIDE - 1 - sizes / 2, (100, *sizes.shape))
+        at = np.concatenate([centres, np.tile(fixed[:, :2], (100, 1, 1))], axis=1)
+        apart = (np.abs(at[:, :, None] - at[:, None]) >= least).any(-1) | np.eye(
+            len(size), dtype=bool
+        )
+        for layout in centres[apart.all((1, 2))]:
+            boxes = np.concatenate([layout, sizes], axis=1).tolist()
+            objects = [*(Object(*pair, *box) for pair, box in zip(pairs, boxes)), *beside]
+            if not relation or relation in relations(*objects[:2], least=0.55):
+                return objects
     return []
 
 
@@ -243,7 +244,7 @@ def change(objects, rng):
         return others, there, phrase(back, rng)
     relation = str(rng.choice([r for r in RELATIONS if r not in links]))
     beside = [b, *(o for o in others if o is not b)]
-    after = place([a[:2]], rng, relation, beside, a.w, tries=1000)
+    after = place([a[:2]], rng, relation, beside, a.w, tries=10)
     there = f"move {name} {relation} {called(b, objects, rng)}"
     back = f"move {called(a, objects, rng)} {links[0]} {called(b, objects, rng)}"
     return (after, phrase(there, rng), phrase(back, rng)) if after else None
