@@ -231,6 +231,8 @@ def sample(s):
     except OSError as error:
         raise ValueError(f"--out {s.out}: {error}") from error
     studio = Studio(path, s)
+    if studio.config.target == "vae" and (s.chat or s.image and s.prompts):
+        raise ValueError("a run with --target vae has latents of no given picture: it cannot edit")
     if s.chat:
         return talk(studio)
     picture, vectors = studio.open(s.image) if s.image else (None, None)
@@ -255,7 +257,7 @@ def draw(studio, picture, vectors):
             own = vectors.expand(s.count, -1, -1)
             warn(studio, text, vectors)
         plans = [plan] * s.count if plan else None
-        if s.plan and not plan:
+        if s.plan and not plan and studio.facts["kind"] == "shapes":  # photos have no plans
             plans = studio.plan(texts, seeds, own)
             print(*(f"{text} | {plan}" for plan in plans), sep="\n")
         images = studio.draw(texts, seeds, plans, own)

@@ -337,6 +337,7 @@ def test_tidy():
     assert {data.tidy(text) for text in forms} == {"a red circle"}
     assert data.tidy("Cafe\u0301 e.g. one..") == "caf\u00e9 e.g. one."
     assert data.tidy(" . ") == ""
+    assert data.tidy("a circle to the left of a square") == "a circle left of a square"
 
 
 # ---------------------------------------------------------------------------- the prepared shapes

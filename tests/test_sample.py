@@ -177,6 +177,7 @@ def test_a_tower_is_opened_where_a_picture_is_read(micro_flags, tmp_path, pictur
     train.main([*flags, "--data", str(tmp_path / "set"), "--out", str(tmp_path / "run")])
     opened, open_tower = [], data.open_tower
     monkeypatch.setattr(data, "open_tower", lambda *a: opened.append(a) or open_tower(*a))
+    monkeypatch.setattr(sample.Studio, "plan", None)  # photos have none
     draw(tmp_path / "run", tmp_path / "x.png", "a circle")
     assert not opened
     grid = draw(tmp_path / "run", tmp_path / "x.png", "--reconstruct", "--image", str(picture))
@@ -205,6 +206,13 @@ def test_answers_do_not_depend_on_their_batch(micro_run):
     together = studio.answer(vectors, questions)
     alone = [studio.answer(v[None], [q])[0] for v, q in zip(vectors, questions)]
     assert together == alone and len(set(alone)) == 3
+
+
+def test_latents_have_no_picture_to_edit(designs, picture, tmp_path, capsys):
+    for flags in (["a circle", f"--image={picture}"], ["--chat"]):
+        with pytest.raises(SystemExit):
+            draw(designs / "vae", tmp_path / "x.png", *flags)
+        assert "--target vae" in capsys.readouterr().err
 
 
 def test_a_reconstruction_shows_the_picture_first(micro_run, picture, tmp_path):
@@ -313,10 +321,18 @@ def test_what_a_user_gets_wrong_ends_in_one_line(micro_run, tmp_path, capsys, fl
     assert not (tmp_path / "x.png").exists()
 
 
-ALIVE = "seed=1 count=1 steps=3 guidance=1 ode decoder_steps=3 decoder_guidance=1 no-plan"
-ALIVE = {flag.split("=")[0].removeprefix("no-"): f"--{flag}" for flag in ALIVE.split()}
+ALIVE = "seed=1 count=1 steps=3 guidance=1 ode decoder_steps=3 decoder_guidance=9"
+ALIVE = {flag.split("=")[0]: f"--{flag}" for flag in ALIVE.split()}
 ALIVE["prompts"] = "a square"
-ELSEWHERE = {"run", "out", "image", "ask", "reconstruct", "chat"}  # shown by the tests above
+ELSEWHERE = {
+    "run",
+    "out",
+    "image",
+    "ask",
+    "reconstruct",
+    "chat",
+    "plan",
+}  # shown by the tests above
 SHOWN = [f.name for f in fields(sample.Settings) if f.name not in ELSEWHERE]
 
 
