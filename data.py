@@ -357,7 +357,8 @@ def questions(objects, links, rng):
 def in_order(plan, text):
     """The lines of a plan in the order in which a text names their objects; "" without a plan."""
     lines = plan.split("; ") if plan else []
-    lines.sort(key=lambda line: [text.find(line[:-3]), text.find(line.split()[1])])
+    # what is not named, -1, comes last
+    lines.sort(key=lambda line: [text.find(w) % 10**6 for w in (line[:-3], line.split()[1])])
     return "; ".join(lines)
 
 
@@ -522,7 +523,7 @@ def prepare(settings, sources, read):
     with lock(out):
         old = json.loads(note.read_text()) if note.exists() else settings
         # each of these makes it another set
-        for name in ("kind", "side", "count", "seed", "tag", "tokens"):
+        for name in ("kind", "texts", "side", "count", "seed", "tag", "tokens"):
             if old.get(name) != settings.get(name):
                 raise ValueError(f"{out} has another {name}, {old.get(name)}: delete it first")
         text = json.dumps(settings | {"parts": list(sources)}, indent=1)
@@ -591,7 +592,7 @@ class Shapes:
 
     def prepare(self):
         """Draws the scenes -> PreparedSet."""
-        settings = {"kind": "shapes", "side": SIDE, "channels": None, **asdict(self)}
+        settings = {"kind": "shapes", "texts": 2, "side": SIDE, "channels": None, **asdict(self)}
         parts = {f"part-{i // 1000:05d}.safetensors": i for i in range(0, self.count, 1000)}
         return prepare(settings, parts, self.read)
 

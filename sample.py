@@ -11,6 +11,7 @@ Without --run the newest run below out/ is used, else the weights that come alon
 business of tests/shapeseval.py.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle
@@ -182,9 +183,10 @@ class Chat:
     """A dialogue. The model itself decides what a turn is: where it writes a plan, a picture
     follows. The context is the last picture and what was said since."""
 
-    def __init__(self, studio):
+    def __init__(self, studio, vectors=None):
         self.studio = studio
-        self.row, self.vectors = [], None
+        self.vectors = vectors
+        self.row = [] if vectors is None else [("image", None)]
         self.seed = studio.settings.seed
 
     def say(self, text):
@@ -198,7 +200,7 @@ class Chat:
         chance = [self.seed] if anew else None
         said = self.studio.write([[*self.row, ("bot", None)]], self.vectors, chance)[0]
         self.row.append(("bot", said))
-        if not D.PLAN.fullmatch(said):
+        if text == D.LOCATE or not D.PLAN.fullmatch(said):
             return said, None
         self.vectors = self.studio.imagine([self.row], [self.seed], self.vectors)
         self.row = [("image", None)]
@@ -231,11 +233,12 @@ def sample(s):
     except OSError as error:
         raise ValueError(f"--out {s.out}: {error}") from error
     studio = Studio(path, s)
-    if studio.config.target == "vae" and (s.chat or s.image and s.prompts):
-        raise ValueError("a run with --target vae has latents of no given picture: it cannot edit")
-    if s.chat:
-        return talk(studio)
+    able = studio.config.target == "clip" and studio.facts["kind"] == "shapes"
+    if not able and (s.chat or s.image and s.prompts):
+        raise ValueError(f"{path} did not learn to edit: only --target clip on shapes does")
     picture, vectors = studio.open(s.image) if s.image else (None, None)
+    if s.chat:
+        return talk(studio, vectors)
     if s.prompts:
         draw(studio, picture, vectors)
     elif s.reconstruct:
@@ -250,16 +253,20 @@ def draw(studio, picture, vectors):
     """A row of pictures for each prompt; of changes, behind the picture that they change."""
     s, rows = studio.settings, []
     for n, prompt in enumerate(s.prompts):
-        text, _, plan = prompt.partition(" | ")
+        text, _, plan = prompt.rpartition(" | ")
+        plan = D.tidy(plan)
+        if not text or not D.PLAN.fullmatch(plan):
+            text, plan = prompt, None
         seeds = range(s.seed + n * s.count, s.seed + (n + 1) * s.count)
         texts, own = [text] * s.count, None
         if vectors is not None:
             own = vectors.expand(s.count, -1, -1)
             warn(studio, text, vectors)
-        plans = [plan] * s.count if plan else None
-        if s.plan and not plan and studio.facts["kind"] == "shapes":  # photos have no plans
-            plans = studio.plan(texts, seeds, own)
-            print(*(f"{text} | {plan}" for plan in plans), sep="\n")
+        plans = [plan] * s.count
+        if s.plan and not plan:
+            said = studio.plan(texts, seeds, own)
+            plans = [line if D.PLAN.fullmatch(line) else None for line in said]
+            print(*(f"{text} | {line or 'no plan'}" for line in plans), sep="\n")
         images = studio.draw(texts, seeds, plans, own)
         rows.append(images if picture is None else np.concatenate([picture, images]))
     save_grid(Path(s.out), np.concatenate(rows), s.prompts, len(rows[0]))
@@ -267,6 +274,7 @@ def draw(studio, picture, vectors):
 
 def warn(studio, text, vectors):
     """Says where an instruction does not name one object, by the model's own answer."""
+    text = D.tidy(text)
     for shape in D.SHAPES:
         if f"the {shape}" in text:
             said = studio.answer(vectors, [f"how many {shape}s are there?"])[0]
@@ -274,14 +282,15 @@ def warn(studio, text, vectors):
                 print(f"{text!r}: the model sees {said} {shape}s, which is meant is a guess")
 
 
-def talk(studio):
-    """Turns from the keyboard until the input ends."""
-    chat, path = Chat(studio), Path(studio.settings.out)
-    for text in iter(lambda: input("> "), ""):
-        said, picture = chat.say(text)
-        print(said)
-        if picture is not None:
-            save_grid(path, picture[None], [text], 1)
+def talk(studio, vectors):
+    """Turns from the keyboard until an empty line or the end, about --image if there is one."""
+    chat, path = Chat(studio, vectors), Path(studio.settings.out)
+    with suppress(EOFError):
+        while text := input("> ").strip():
+            said, picture = chat.say(text)
+            print(said)
+            if picture is not None:
+                save_grid(path, picture[None], [text], 1)
 
 
 def main(arguments=None):

@@ -40,7 +40,7 @@ import model as M
 # this process among those of torchrun
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-VERSION = 3  # of checkpoints
+VERSION = 4  # of checkpoints
 PLANNED = 0.8  # share of prompts and edits that are planned before they are drawn
 
 
@@ -217,28 +217,28 @@ def tune_batch(run, ids, rng):
     c = run.config
     plain, changed = [], []
     for i in ids:
-        chosen = run.data.texts[i].get("edits") and len(changed) < len(ids) // 4
+        able = c.target == "clip" and run.data.texts[i].get("edits")
+        chosen = able and len(changed) < (len(ids) + 2) // 4
         (changed if chosen else plain).append(i)
     batch = {"ids": run.sequences([prompt(run, i, rng, 0.1) for i in plain])[0]}
     if changed:
         rows, made = zip(*(edit(run, i, rng) for i in changed))
         batch["edit_ids"], _ = run.sequences(rows)
         batch["vectors"] = run.cached("clip", changed)
-        batch["source"] = run.cached(c.target, np.repeat(changed, c.generate_draws))
         plain += made
     batch["x"] = run.cached(c.target, np.repeat(plain, c.generate_draws))
     return batch
 
 
-def generate_loss(model, generator, ids, x, edit_ids=None, vectors=None, source=None):
-    """The flow head makes the vectors or latents x (B, N, C) of prompts (P, T), B = P K. Edits
-    stand behind the prompts: `source` is what they change, in x's space."""
-    c = model.config
+def generate_loss(model, generator, ids, x, edit_ids=None, vectors=None):
+    """The flow head makes the vectors or latents x (B, N, C) of prompts (P, T), B = P K. The rows
+    of edits come last, and `vectors` (edits, N, C) are what they change."""
+    c, source = model.config, None
     x = model.normalise[c.target](x)
     states = query_states(model, ids)
     if edit_ids is not None:
         vectors = model.normalise["clip"](vectors)
-        source = model.normalise[c.target](source)
+        source = vectors.repeat_interleave(c.generate_draws, 0)
         states = torch.cat([states, query_states(model, edit_ids, vectors)])
     if c.objective == "mse":
         return M.regression_loss(model.head, x, states)

@@ -122,6 +122,7 @@ def test_a_plan_is_put_in_the_order_of_a_text():
     assert data.in_order(plan, "two red circles and a blue square") == right
     assert data.in_order(plan, "a square and two circles").startswith("blue square c4; ")
     assert data.in_order(plan, "three objects") == plan
+    assert data.in_order(plan, "a blue square").startswith("blue square c4; ")
     assert data.in_order(None, "a dog") == data.in_order("", "a dog") == ""
 
 

@@ -1,5 +1,6 @@
 """Laws of drawing and reading: the command line, and what no picture may depend on."""
 
+import io
 import os
 from dataclasses import fields, replace
 from pathlib import Path
@@ -177,8 +178,9 @@ def test_a_tower_is_opened_where_a_picture_is_read(micro_flags, tmp_path, pictur
     train.main([*flags, "--data", str(tmp_path / "set"), "--out", str(tmp_path / "run")])
     opened, open_tower = [], data.open_tower
     monkeypatch.setattr(data, "open_tower", lambda *a: opened.append(a) or open_tower(*a))
-    monkeypatch.setattr(sample.Studio, "plan", None)  # photos have none
-    draw(tmp_path / "run", tmp_path / "x.png", "a circle")
+    draw(tmp_path / "run", tmp_path / "x.png", "a circle | a bar")  # no plan: all is the prompt
+    with pytest.raises(SystemExit):
+        draw(tmp_path / "run", tmp_path / "x.png", "--chat")
     assert not opened
     grid = draw(tmp_path / "run", tmp_path / "x.png", "--reconstruct", "--image", str(picture))
     assert opened == [("test_vit", 64, "untrained")] and grid.shape == (128 + 26, 424, 3)
@@ -208,11 +210,11 @@ def test_answers_do_not_depend_on_their_batch(micro_run):
     assert together == alone and len(set(alone)) == 3
 
 
-def test_latents_have_no_picture_to_edit(designs, picture, tmp_path, capsys):
+def test_latents_are_not_edited(designs, picture, tmp_path, capsys):
     for flags in (["a circle", f"--image={picture}"], ["--chat"]):
         with pytest.raises(SystemExit):
             draw(designs / "vae", tmp_path / "x.png", *flags)
-        assert "--target vae" in capsys.readouterr().err
+        assert "did not learn to edit" in capsys.readouterr().err
 
 
 def test_a_reconstruction_shows_the_picture_first(micro_run, picture, tmp_path):
@@ -278,22 +280,37 @@ def test_an_instruction_edits_the_picture(micro_run, picture, tmp_path, capsys, 
 
 
 def test_a_chat_draws_answers_and_edits_in_its_context(micro_run, monkeypatch, tmp_path, capsys):
-    """A plan draws; a drawing begins anew; questions stay in the context until the next picture."""
-    said, rows = ["red circle c4", "one", "red circle c4; blue square c7", "blue circle a1"], []
+    """A plan draws, but not where it is asked for; a drawing begins anew; what is said stays in the
+    context until the next picture. It ends with the input."""
+    said, rows = ["red circle c4", "one", "red circle b4", "red circle c4; blue square c7"], []
+    said.append("blue circle a1")
     write, imagine = iter(said), sample.Studio.imagine
     monkeypatch.setattr(sample.Studio, "write", lambda self, r, *_: [next(write)])
-    watch = lambda self, r, *a: rows.append((r, a[-1])) or imagine(self, r, *a)  # noqa: E731
+    watch = lambda self, r, *a: rows.append((list(r[0]), a[-1])) or imagine(self, r, *a)  # noqa: E731
     monkeypatch.setattr(sample.Studio, "imagine", watch)
-    turns = ["Draw a red circle.", "how many objects?", "add a blue square below it"]
-    turns = iter([*turns, "draw a blue circle", ""])
-    monkeypatch.setattr("builtins.input", lambda _: next(turns))
+    turns = ["Draw a red circle.", "how many objects?", data.LOCATE, "add a blue square below it"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*turns, "draw a blue circle"])))
     sample.main(["--run", str(micro_run), "--out", str(tmp_path / "x.png"), "--chat", *FEW])
-    assert [line for line in capsys.readouterr().out.splitlines() if line in said] == said
+    heard = capsys.readouterr().out.replace("> ", "").splitlines()
+    assert [line for line in heard if line in said] == said
     (first, none), (second, some), (third, anew) = rows
-    assert first == [[("user", "a red circle"), ("bot", said[0])]] and none is None
-    turns = [("user", "how many objects?"), ("bot", "one"), ("user", "add a blue square below it")]
-    assert second == [[("image", None), *turns, ("bot", said[2])]] and some.shape == (1, 64, 12)
-    assert third == [[("user", "a blue circle"), ("bot", said[3])]] and anew is None
+    assert first == [("user", "a red circle"), ("bot", said[0])] and none is None
+    answers = [
+        (role, text)
+        for turn in zip(turns[1:], said[1:])
+        for role, text in zip(("user", "bot"), turn)
+    ]
+    assert second == [("image", None), *answers] and some.shape == (1, 64, 12)
+    assert third == [("user", "a blue circle"), ("bot", said[4])] and anew is None
+
+
+def test_a_chat_can_begin_with_a_picture(micro_run, picture, monkeypatch):
+    studio, asked = studio_of(micro_run), []
+    _, vectors = studio.open(picture)
+    monkeypatch.setattr(studio, "write", lambda rows, v, _: asked.append((rows, v)) or ["one"])
+    assert sample.Chat(studio, vectors).say("how many?") == ("one", None)
+    rows, given = asked[0]
+    assert rows[0][0] == ("image", None) and given is vectors
 
 
 @pytest.mark.parametrize("words", [[], [""], ["a circle", " . "]])
@@ -321,7 +338,7 @@ def test_what_a_user_gets_wrong_ends_in_one_line(micro_run, tmp_path, capsys, fl
     assert not (tmp_path / "x.png").exists()
 
 
-ALIVE = "seed=1 count=1 steps=3 guidance=1 ode decoder_steps=3 decoder_guidance=9"
+ALIVE = "seed=1 count=1 steps=3 guidance=9 ode decoder_steps=3 decoder_guidance=9"
 ALIVE = {flag.split("=")[0]: f"--{flag}" for flag in ALIVE.split()}
 ALIVE["prompts"] = "a square"
 ELSEWHERE = {
