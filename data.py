@@ -241,19 +241,16 @@ def change(objects, rng):
     b = alone[1]
     if kind == "remove":
         there, back = f"remove {name}", f"add {noun(*a[:2])} {links[0]} {called(b, others, rng)}"
-        return others, there, phrase(back, rng)
+        return others, there, back
     relation = str(rng.choice([r for r in RELATIONS if r not in links]))
     beside = [b, *(o for o in others if o is not b)]
-    after = place([a[:2]], rng, relation, beside, a.w, tries=1000)
+    after = place([a[:2]], rng, relation, beside, a.w, tries=10)
+    lost = [r for r in links if after and r not in relations(*after[:2])]
+    if not lost:  # the way back would be no change
+        return None
     there = f"move {name} {relation} {called(b, objects, rng)}"
-    back = f"move {called(a, objects, rng)} {links[0]} {called(b, objects, rng)}"
-    return (after, phrase(there, rng), phrase(back, rng)) if after else None
-
-
-def phrase(instruction, rng):
-    """As it stands, or with "to the left of", "to the right of"."""
-    longer = re.sub("(left|right) of", r"to the \1 of", instruction)
-    return longer if rng.random() < 0.5 else instruction
+    back = f"move {called(a, objects, rng)} {lost[0]} {called(b, objects, rng)}"
+    return after, there, back
 
 
 def coverage(shape, dx, dy, width):
