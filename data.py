@@ -168,12 +168,11 @@ def place(pairs, rng, relation=None, beside=(), width=None, tries=10**9):
     fixed = np.reshape([o[2:] for o in beside], (-1, 4))
     size = np.concatenate([sizes, fixed[:, 2:]])
     least = (size[:, None] + size) / 2 + 2
+    own = np.eye(len(size), dtype=bool)  # no distance from itself
     for _ in range(tries):  # a hundred layouts at a time
         centres = rng.uniform(1 + sizes / 2, SIDE - 1 - sizes / 2, (100, *sizes.shape))
         at = np.concatenate([centres, np.tile(fixed[:, :2], (100, 1, 1))], axis=1)
-        apart = (np.abs(at[:, :, None] - at[:, None]) >= least).any(-1) | np.eye(
-            len(size), dtype=bool
-        )
+        apart = (np.abs(at[:, :, None] - at[:, None]) >= least).any(-1) | own
         for layout in centres[apart.all((1, 2))]:
             boxes = np.concatenate([layout, sizes], axis=1).tolist()
             objects = [*(Object(*pair, *box) for pair, box in zip(pairs, boxes)), *beside]
@@ -216,9 +215,9 @@ def called(o, objects, rng):
 
 
 def change(objects, rng):
-    """A scene one step from a scene: (its objects, instruction, instruction for the way back).
+    """Changes a scene: -> (objects after, the instruction, the instruction that undoes it).
 
-    An object gets another color, or is removed (the way back adds it), or moves. None if chance
+    An object gets another color, or is removed (to undo it is to add it), or moves. None if chance
     picks a change that this scene does not allow. No held-out pair occurs.
     """
     counts = Counter(o[:2] for o in objects)
@@ -298,6 +297,7 @@ def scene_texts(prompt, objects, rng):
     return texts | {"plan": plan(objects), "edits": []}
 
 
+COLUMNS = "abcdefgh"
 PLAN = re.compile(r"(\w+ \w+ [a-h][1-8](; )?)+")  # what `plan` writes
 
 
@@ -306,7 +306,7 @@ def plan(objects):
 
     "green circle c4; red square f2": columns a to h from the left, rows 1 to 8 from the top.
     """
-    cells = [f"{'abcdefgh'[int(o.x * 8 / SIDE)]}{int(o.y * 8 / SIDE) + 1}" for o in objects]
+    cells = [f"{COLUMNS[int(o.x * 8 / SIDE)]}{int(o.y * 8 / SIDE) + 1}" for o in objects]
     lines = sorted(zip(cells, objects))  # one order, from left to right, for each scene
     return "; ".join(f"{o.color} {o.shape} {cell}" for cell, o in lines)
 
@@ -543,7 +543,7 @@ def prepare(settings, sources, read):
 class PreparedSet:
     """A finished folder of `prepare`, its rows opened as memory maps.
 
-    texts: {"caption": str, "clean": str or None, "qa": [[question, answer], ...]} of each row;
+    texts: of each row, see `scene_texts`; photos have no plans and edits;
     facts: the settings, the pictures' side, and channels, C of a tower's features or None;
     train_ids, val_ids: the split, of which validation is 2 %, at most 500, equal pictures on one
     side; fingerprint: of the content. ValueError if unfinished or damaged.

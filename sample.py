@@ -175,8 +175,7 @@ class Studio:
 
     def answer(self, vectors, questions):
         """One answer for each image and question; the question "describe" gives the caption."""
-        rows = [[("image", None), ("user", D.tidy(text)), ("bot", None)] for text in questions]
-        return self.write(rows, vectors)
+        return self.plan(questions, None, vectors)  # a plan is an answer too
 
 
 class Chat:
@@ -250,7 +249,7 @@ def sample(s):
 
 
 def draw(studio, picture, vectors):
-    """A row of pictures for each prompt; of changes, behind the picture that they change."""
+    """A row of pictures for each prompt; edits stand after the picture that they change."""
     s, rows = studio.settings, []
     for n, prompt in enumerate(s.prompts):
         text, _, plan = prompt.rpartition(" | ")

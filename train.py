@@ -154,8 +154,8 @@ def understand_batch(run, ids, rng):
 
 
 def swap_words(run, ids, learn, rng):
-    """Puts other words for 30 % of those that a plan takes from its prompt, in both. So a plan
-    learns to copy what is said, not what is usual: pairs come true that it has never seen."""
+    """A plan copies words of its prompt. 30 % of these are replaced by another word, in both. So
+    the backbone learns to copy what is said and not what is usual, also pairs it has never seen."""
     for row, planned in zip(ids, learn):
         for word in set(row[planned].tolist()) & set(row[~planned].tolist()):
             if word >= M.FIRST_WORD and rng.random() < 0.3:
@@ -194,6 +194,7 @@ def edit(run, i, rng):
 
 
 def planned(row, plan, rng):
+    """The row, then its plan in PLANNED of the cases, then the queries."""
     if plan and rng.random() < PLANNED:
         row.append(("bot", plan))
     return [*row, ("queries", None)]
@@ -205,9 +206,9 @@ def understand_loss(model, generator, ids, learn, vectors=None):
     return model.backbone(ids, learn, vectors)
 
 
-def generate_batch(run, ids, rng):
-    """Captions, and the targets of their K draws, which share one pass of the backbone."""
-    sequences, _ = run.sequences([prompt(run, i, rng, 1.0) for i in ids])
+def generate_batch(run, ids, rng, broad_share=1.0):
+    """Prompts, and the targets of their K draws, which share one pass of the backbone."""
+    sequences, _ = run.sequences([prompt(run, i, rng, broad_share) for i in ids])
     x = run.cached(run.config.target, np.repeat(ids, run.config.generate_draws))
     return {"ids": sequences, "x": x}
 
@@ -220,13 +221,13 @@ def tune_batch(run, ids, rng):
         able = c.target == "clip" and run.data.texts[i].get("edits")
         chosen = able and len(changed) < (len(ids) + 2) // 4
         (changed if chosen else plain).append(i)
-    batch = {"ids": run.sequences([prompt(run, i, rng, 0.1) for i in plain])[0]}
+    batch = generate_batch(run, plain, rng, 0.1)
     if changed:
         rows, made = zip(*(edit(run, i, rng) for i in changed))
         batch["edit_ids"], _ = run.sequences(rows)
         batch["vectors"] = run.cached("clip", changed)
-        plain += made
-    batch["x"] = run.cached(c.target, np.repeat(plain, c.generate_draws))
+        x = run.cached("clip", np.repeat(made, c.generate_draws))
+        batch["x"] = torch.cat([batch["x"], x])
     return batch
 
 

@@ -3,7 +3,6 @@
 python tests/abilities.py --run out/demo          writes abilities.json beside the checkpoint
 """
 
-import json
 import math
 import re
 import sys
@@ -18,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import shapeseval as se  # noqa: E402  (found through the line above)
 from shapeseval import data, share  # noqa: E402
 
-from sample import Chat, Studio, find_run  # noqa: E402
+from sample import Chat, Studio  # noqa: E402
 
 SAME = 5  # px, of an object that was to stay
 TRIPS = 400  # captions and pictures of the round trips
@@ -51,7 +50,7 @@ def judge_edit(before, after, instruction, found):
 
 def edit_cases(seed, count, held=False):
     """`count` changes of each kind: (kind, objects before, after, instruction, way back). With
-    `held`, those that make a pair that training never shows."""
+    `held`, of scenes with a pair that training never shows."""
     rng, cases = np.random.default_rng([seed, 2]), defaultdict(list)
     while len(cases) < 4 or min(map(len, cases.values())) < count:
         objects, _ = data.random_scene(rng)
@@ -195,21 +194,25 @@ class Settings:
     edits: int = 100  # changes of each kind
 
 
+def evaluate_abilities(studio, seed, edits):
+    """All scores of a run, as a dictionary."""
+    scores = {}
+    for name, held in (("seen", False), ("heldout", True)):
+        scores[f"edits_{name}"] = evaluate_edits(studio, seed, edits, held)
+    scores["edits_unplanned"] = evaluate_edits(studio, seed, edits, planned=False)
+    scores["dialogues"] = evaluate_dialogues(studio)
+    scores["round_trips"] = evaluate_round_trips(studio, seed, TRIPS)
+    return scores
+
+
 def main(arguments=None):
     with data.plain_errors("abilities.py"):
         s = data.parse(Settings, __doc__, arguments)
-        path = find_run(s.run)
-        studio = Studio(path)
-        scores = {}
-        for name, held in (("seen", False), ("heldout", True)):
-            scores[f"edits_{name}"] = evaluate_edits(studio, s.seed, s.edits, held)
-        scores["edits_unplanned"] = evaluate_edits(studio, s.seed, s.edits, planned=False)
-        scores["dialogues"] = evaluate_dialogues(studio)
-        scores["round_trips"] = evaluate_round_trips(studio, s.seed, TRIPS)
-        text = json.dumps(scores, indent=2)
-        target = Path(s.out or path.with_name("abilities.json"))
-        data.write_whole(target, lambda temporary: temporary.write_text(text))
-        print(f"{text}\n{target}")
+
+        def evaluate(path):
+            return evaluate_abilities(Studio(path), s.seed, s.edits)
+
+        se.write_scores(s.run, s.out, "abilities.json", evaluate)
 
 
 if __name__ == "__main__":

@@ -254,7 +254,7 @@ def parse_plan(text):
     if not data.PLAN.fullmatch(text):
         return []
     rows = [line.split() for line in text.split("; ")]
-    middles = [("abcdefgh".index(cell[0]) + 0.5, int(cell[1]) - 0.5) for _, _, cell in rows]
+    middles = [(data.COLUMNS.index(cell[0]) + 0.5, int(cell[1]) - 0.5) for _, _, cell in rows]
     return [
         data.Object(shape, color, x * CELL, y * CELL, 0, 0)
         for (color, shape, _), (x, y) in zip(rows, middles)
@@ -525,6 +525,20 @@ def evaluate_run(studio, seed, count):
     return scores | {"machine": f"{machine}, {rate:.2f} TFLOP/s", "torch": torch.__version__}
 
 
+def write_scores(run, out, name, evaluate):
+    """Writes evaluate(checkpoint of the run) to `out`, or to `name` beside the checkpoint."""
+    path = find_run(run)
+    target = Path(out or path.with_name(name))
+    if target.is_dir():
+        raise ValueError(f"--out {target} is a folder: expected a file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=target.parent).close()  # fails now rather than after the work
+    print(f"checkpoint {path}")
+    text = json.dumps(evaluate(path), indent=2)
+    data.write_whole(target, lambda temporary: temporary.write_text(text))
+    print(f"{text}\n{target}")
+
+
 @dataclass(frozen=True)
 class Settings:
     """What to score: the fields are the flags, the comments their help."""
@@ -543,18 +557,11 @@ class Settings:
 def main(arguments=None):
     with data.plain_errors("shapeseval.py"):
         s = data.parse(Settings, __doc__, arguments)
-        path = find_run(s.run)
-        target = Path(s.out or path.with_name("scores.json"))
-        if target.is_dir():
-            raise ValueError(f"--out {target} is a folder: expected a file")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=target.parent).close()  # fails now rather than after the work
-        print(f"checkpoint {path}")
-        text = json.dumps(
-            evaluate_run(Studio(path, Drawing(plan=s.plan)), s.seed, s.count), indent=2
-        )
-        data.write_whole(target, lambda temporary: temporary.write_text(text))
-        print(f"{text}\n{target}")
+
+        def evaluate(path):
+            return evaluate_run(Studio(path, Drawing(plan=s.plan)), s.seed, s.count)
+
+        write_scores(s.run, s.out, "scores.json", evaluate)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import train
 
 ROOT = Path(__file__).parents[1]
 FILES = ("model.py", "train.py", "data.py", "sample.py")
-CODE_LINES = 1662  # of the four files; the aim is 1,100
+CODE_LINES = 1661  # of the four files; the aim is 1,100
 PHYSICAL_LINES = 2438  # the aim is 1,650
 TOKENS_A_LINE = 12.0
 LONGEST = 50  # lines of a function

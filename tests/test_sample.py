@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import STAGES
 from PIL import Image
+from ship import ship
 from test_train import train_until
 
 import data
@@ -102,6 +103,14 @@ def test_the_shipped_weights_draw_colors():
     for asked, other, image in ((0, 2, red), (2, 0, blue)):
         excess = image[..., asked] - image[..., other]
         assert (excess > 80).sum() > 100 > (excess < -80).sum()
+
+
+def test_shipped_weights_are_the_run_in_half_precision(micro_run, tmp_path):
+    ship(micro_run, tmp_path / "x.safetensors")
+    ours, theirs = (studio_of(path) for path in (micro_run, tmp_path / "x.safetensors"))
+    assert theirs.tokenizer.words == ours.tokenizer.words and theirs.config == ours.config
+    half = {name: x.half().float() for name, x in ours.net.state_dict().items()}
+    assert all(torch.equal(x, half[name]) for name, x in theirs.net.state_dict().items())
 
 
 def test_prompts_and_questions_are_tidied(micro_run):
