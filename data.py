@@ -8,6 +8,7 @@ captions, the frozen image towers of timm, and the prepared set on disk that all
 import glob
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -31,6 +32,7 @@ import huggingface_hub.constants as hub
 import numpy as np
 import timm
 import torch
+import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from safetensors import safe_open
@@ -38,7 +40,7 @@ from safetensors.torch import save_file
 from torchvision.transforms.v2.functional import normalize
 from tqdm import tqdm
 
-from model import resize_grid
+from model import resize_grid, to_pixels
 
 # ------------------------------------------------------------------------------ the command line
 
@@ -368,7 +370,9 @@ def in_order(plan, text):
 class Tower(torch.nn.Module):
     """A frozen timm model: uint8 (B, side, side, 3) -> float32 (B, tokens, C).
 
-    side: px of its input; width: C; tag: the names of the model and of its weights.
+    A vector is what the model makes of a patch, then the patch itself in 8 x 8 pixels. Without
+    them a decoder knows what to draw and not how it looks: 19.7 dB, with them 28.7 (stickers).
+    side: px of the input; width: C; tag: the names of the model and of its weights.
     """
 
     def __init__(self, model, side, tokens, tag):
@@ -387,7 +391,9 @@ class Tower(torch.nn.Module):
         if grid.ndim == 4 and grid.shape[1] == self.model.num_features:
             grid = grid.movedim(1, 3)  # (B, C, H, W) -> (B, H, W, C), as some models give it
         prefix = getattr(self.model, "num_prefix_tokens", 0)
-        return resize_grid(grid.flatten(1, -2)[:, prefix:].float(), self.tokens)
+        features = resize_grid(grid.flatten(1, -2)[:, prefix:].float(), self.tokens)
+        small = F.adaptive_avg_pool2d(to_pixels(images), 8 * math.isqrt(self.tokens))
+        return torch.cat([features, F.pixel_unshuffle(small, 8).flatten(2).mT], dim=-1)
 
 
 def open_tower(name, tokens=64, weights=""):

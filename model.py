@@ -465,6 +465,8 @@ def sample_flow(dit, noise, cond, steps=10, guidance=1.0, shift=1.0, fresh_noise
 
 # ---------------------------------------------------------------------------- pictures and vectors
 
+PATCH_PIXELS = 8 * 8 * 3  # numbers of a patch of 8 x 8 pixels, in the vectors of a tower
+
 
 def to_pixels(images):
     """uint8 pictures (B, S, S, 3) -> floats in [-1, 1] (B, 3, S, S)."""
@@ -478,23 +480,33 @@ def to_images(pixels):
 
 
 class Normalise(nn.Module):
-    """Fixed map of vectors (..., C) to zero mean and unit variance of each channel, and back.
+    """Fixed map of vectors (..., inputs) to C channels of zero mean and unit variance.
 
-    Flow matching needs data on the scale of its noise.
+    Flow matching needs data on the scale of its noise. Vectors that are wider than C, a tower's,
+    are projected on their C principal axes.
     """
 
-    def __init__(self, channels):
+    def __init__(self, inputs, channels):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("std", torch.ones(channels))
+        self.register_buffer("mean", torch.zeros(inputs))
+        self.register_buffer("std", torch.ones(inputs))
+        self.register_buffer("axes", torch.eye(inputs, channels) if inputs > channels else None)
 
     def fit(self, raw):
-        flat = raw.flatten(0, -2).double()  # (samples, C)
+        flat = raw.flatten(0, -2).double()  # (samples, inputs)
         self.mean.copy_(flat.mean(0))
         self.std.copy_(flat.std(0).clamp_min(1e-6))
+        if self.axes is not None:
+            inputs, channels = self.axes.shape
+            # the pixels, which a tower's vectors end in, weigh as much as all its features
+            self.std[-PATCH_PIXELS:] *= math.sqrt(PATCH_PIXELS / (inputs - PATCH_PIXELS))
+            x = (flat - self.mean) / self.std
+            variances, axes = torch.linalg.eigh(x.T @ x / len(x))  # in ascending order
+            self.axes.copy_((axes / variances.sqrt())[:, -channels:])
 
     def forward(self, raw):
-        return (raw - self.mean) / self.std
+        x = (raw - self.mean) / self.std
+        return x if self.axes is None else x @ self.axes
 
     def inverse(self, x):
         return x * self.std + self.mean
@@ -743,7 +755,7 @@ class Backbone(nn.Module):
 class BLIP3o(nn.Module):
     """All parts under one roof, and the way from a prompt to pixels.
 
-    config is a train.Config. With a timm tower the prepared set holds its features, `channels`
+    config is a train.Config. With a timm tower the prepared set holds its vectors, `channels`
     wide, and `clip` is None.
     """
 
@@ -753,13 +765,16 @@ class BLIP3o(nn.Module):
         self.config = c
         self.clip = None if channels else TinyCLIP(c, side, vocabulary)
         self.vae = VAE(c.vae_width)
-        channels = channels or c.channels
+        inputs = channels or c.channels
+        channels = min(inputs, c.channels)
+        self.vectors = (c.tokens, channels)  # shape of an image's
         latents = ((side // VAE.factor) ** 2, VAE.channels)
-        normalise = {"clip": Normalise(channels), "vae": Normalise(VAE.channels)}
+        normalise = {"clip": Normalise(inputs, channels)}
+        normalise["vae"] = Normalise(VAE.channels, VAE.channels)
         self.normalise = nn.ModuleDict(normalise)
         self.backbone = Backbone(c, vocabulary, channels)
         self.head = DiT(
-            shape=(c.tokens, channels) if c.target == "clip" else latents,
+            shape=self.vectors if c.target == "clip" else latents,
             context=c.width,
             width=c.head_width,
             depth=c.head_depth,

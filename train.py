@@ -63,7 +63,7 @@ class Config:
     self_conditioning: bool = True  # the flow head reads its own last guess
     tokens: int = 64  # vectors of an image
     queries: int = 16  # learned queries after a prompt; the paper has as many as vectors
-    channels: int = 12  # width of the tiny CLIP's vectors; a tower has its own
+    channels: int = 12  # width of an image's vectors; a tower's are projected on it
     clip_width: int = 128  # width of the tiny CLIP's two towers
     vae_width: int = 48  # channels of the VAE
     width: int = 128  # width of the backbone
@@ -131,8 +131,6 @@ def decode_batch(run, ids, rng):
 
 def decode_loss(model, generator, latents, vectors):
     """The decoder makes latents of noised vectors, since those of the flow head are not perfect."""
-    latents = model.normalise["vae"](latents)
-    vectors = model.normalise["clip"](vectors)
     strength = torch.rand(len(vectors), 1, 1, generator=generator, device=vectors.device) / 2
     noised = vectors + strength * M.draw_noise(vectors, generator)
     cond = M.drop_condition(noised, generator)
@@ -201,8 +199,6 @@ def planned(row, plan, rng):
 
 
 def understand_loss(model, generator, ids, learn, vectors=None):
-    if vectors is not None:
-        vectors = model.normalise["clip"](vectors)
     return model.backbone(ids, learn, vectors)
 
 
@@ -235,10 +231,8 @@ def generate_loss(model, generator, ids, x, edit_ids=None, vectors=None):
     """The flow head makes the vectors or latents x (B, N, C) of prompts (P, T), B = P K. The rows
     of edits come last, and `vectors` (edits, N, C) are what they change."""
     c, source = model.config, None
-    x = model.normalise[c.target](x)
     states = query_states(model, ids)
     if edit_ids is not None:
-        vectors = model.normalise["clip"](vectors)
         source = vectors.repeat_interleave(c.generate_draws, 0)
         states = torch.cat([states, query_states(model, edit_ids, vectors)])
     if c.objective == "mse":
@@ -360,29 +354,38 @@ class Batches(Dataset):
 
 @torch.no_grad()
 def fill_cache(run):
-    """Stage cache: vectors and latents of the whole set, once, and what normalises them.
+    """Stage cache: normalised vectors and latents of the whole set. No later stage runs an encoder.
 
-    No later stage runs an encoder. A tower's vectors are in the prepared set.
+    ValueError if they do not fit into half precision.
     """
     model, count = run.model, len(run.data)
-    encoders = {"vae": (model.vae.encode, model.decoder.shape)}
-    if model.clip is not None:
-        encoders["clip"] = (model.clip.vectors, (run.config.tokens, run.config.channels))
-    for name, (encode, shape) in encoders.items() if RANK == 0 else ():
-        path = run.out / f"{name}.npy"
-        array = np.lib.format.open_memmap(path, "w+", np.float16, (count, *shape))
-        for start in tqdm(range(0, count, 128), f"cache {name}", unit="batch"):
-            ids = np.arange(start, min(start + 128, count))
-            images = run.data.rows("images", ids).to(run.device)
-            made = encode(M.to_pixels(images)).half().cpu()
+    sample = run.data.train_ids[:: max(1, count // 2000)]
+    shapes = {"clip": model.vectors, "vae": model.decoder.shape}
+    for name, normalise in model.normalise.items():
+        normalise.fit(torch.cat(list(encoded(run, name, sample))))
+        if RANK > 0:
+            continue
+        how = {"dtype": np.float16, "shape": (count, *shapes[name])}
+        array, start = np.lib.format.open_memmap(run.out / f"{name}.npy", "w+", **how), 0
+        for raw in tqdm(encoded(run, name, np.arange(count)), f"cache {name}", unit="batch"):
+            made = normalise(raw).half().cpu()
             if not made.isfinite().all():
                 raise ValueError(f"stage cache: {name} is not finite in half precision: less --lr")
-            array[ids] = made.numpy()
+            array[start : start + len(made)] = made.numpy()
+            start += len(made)
     if WORLD > 1:
         dist.barrier()
-    sample = run.data.train_ids[:: max(1, count // 2000)]
-    for name, normalise in model.normalise.items():
-        normalise.fit(run.cached(name, sample))
+
+
+def encoded(run, name, ids):
+    """Yields raw vectors ("clip") or latents ("vae") of pictures, some at a time: (B, N, C)."""
+    model = run.model
+    for some in np.array_split(ids, math.ceil(len(ids) / 128)):
+        if name == "clip" and model.clip is None:  # a tower's are in the set
+            yield run.data.rows("features", some).to(run.device).float()
+        else:
+            pixels = M.to_pixels(run.data.rows("images", some).to(run.device))
+            yield model.clip.vectors(pixels) if name == "clip" else model.vae.encode(pixels)
 
 
 # ---------------------------------------------------------------------------------- the optimisers
@@ -594,9 +597,7 @@ class Run:
         return M.build_sequences(self.tokenizer, rows, self.config.tokens, self.config.queries)
 
     def cached(self, name, ids):
-        """Raw vectors ("clip"; a tower's are in the set) or latents ("vae"): (B, N, C)."""
-        if name == "clip" and self.data.facts["channels"]:
-            return self.data.rows("features", ids).float()
+        """Normalised vectors ("clip") or latents ("vae") of pictures: (B, N, C)."""
         array = np.load(self.out / f"{name}.npy", mmap_mode="r")
         return torch.from_numpy(array[ids]).float()
 

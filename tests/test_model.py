@@ -341,12 +341,28 @@ def test_all_256_values_survive_as_pixels():
 
 def test_normalised_channels_have_mean_0_and_variance_1():
     raw = torch.randn(40, 16, 5) * torch.tensor([0.1, 1, 3, 10, 0]) + torch.arange(5)
-    normalise = M.Normalise(5)
+    normalise = M.Normalise(5, 5)
     normalise.fit(raw)
     seen = normalise(raw).double().numpy().reshape(-1, 5)
     moments = [seen.mean(0), seen.std(0, ddof=1)]
     np.testing.assert_allclose(moments, [[0] * 5, [1, 1, 1, 1, 0]], atol=1e-4)
     close(normalise.inverse(normalise(raw)), raw)
+
+
+def test_a_towers_vectors_are_projected_on_their_principal_axes():
+    """By numpy's singular values: features and pixels weigh alike, and channels are whitened."""
+    raw = torch.randn(40, 16, 50 + 192) @ torch.randn(242, 242)
+    normalise = M.Normalise(242, 7)
+    normalise.fit(raw)
+    flat = raw.double().numpy().reshape(640, 242)
+    flat = (flat - flat.mean(0)) / flat.std(0)
+    flat[:, :50] /= np.sqrt(50)
+    flat[:, 50:] /= np.sqrt(192)
+    left, values, _ = np.linalg.svd(flat, full_matrices=False)
+    seen = normalise(raw).double().numpy().reshape(640, 7)
+    np.testing.assert_allclose(np.cov(seen.T), np.eye(7), atol=0.01)
+    shares = np.abs(left[:, 6::-1].T @ seen) / np.sqrt(640)  # ascending, of either sign
+    np.testing.assert_allclose(shares, np.eye(7), atol=0.01)
 
 
 def test_vae_by_hand():
@@ -521,9 +537,10 @@ def test_a_source_takes_the_place_of_the_guess():
 
 
 def test_parts_and_shapes_follow_the_config():
-    own, tower = build(M.BLIP3o, 300, 16), build(M.BLIP3o, 300, 16, 9)
-    assert own.clip is not None and tower.clip is None  # a tower is 9 wide
-    assert own.head.shape == (4, 6) and tower.head.shape == (4, 9)
+    own, tower, narrow = (build(M.BLIP3o, 300, 16, width) for width in (None, 200, 5))
+    assert own.clip is not None and tower.clip is None
+    assert own.head.shape == tower.head.shape == (4, 6) and narrow.head.shape == (4, 5)
+    assert own.normalise["clip"].axes is None and tower.normalise["clip"].axes.shape == (200, 6)
     assert own.head.cross and own.head.self_conditioning and own.head.predicts == "x"
     assert not own.decoder.cross and not own.decoder.self_conditioning
     assert own.decoder.shape == build(M.BLIP3o, 300, 16, target="vae").head.shape == (16, 4)

@@ -6,16 +6,20 @@ import shutil
 import tarfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from conftest import SIZES
 from PIL import Image
 from safetensors.torch import save_file
 
 import data
+import sample
+import train
 
 CONVNET, VIT = "tf_efficientnet_lite0", "vit_tiny_patch16_224"
 
@@ -343,7 +347,7 @@ def towers():
 @pytest.mark.parametrize("name, width", [(CONVNET, 1280), (VIT, 192)])
 def test_a_tower_by_timm_itself(towers, name, width):
     tower = towers[name]
-    assert tower.side == 256 and tower.width == width and "untrained" in tower.tag
+    assert tower.side == 256 and tower.width == width + 192 and "untrained" in tower.tag
     images = torch.from_numpy(np.stack([picture(i, (256, 256)) for i in range(2)]))
     facts = tower.model.pretrained_cfg
     pixels = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(facts["mean"])[:, None, None]) / (
@@ -355,7 +359,11 @@ def test_a_tower_by_timm_itself(towers, name, width):
         wanted = grid.permute(0, 2, 3, 1).reshape(2, 64, width)
     else:  # one class token, then 16 x 16; each vector is the mean of four
         wanted = grid[:, 1:].reshape(2, 8, 2, 8, 2, width).mean((2, 4)).reshape(2, 64, width)
-    assert torch.allclose(tower(images), wanted, atol=1e-5)
+    seen = tower(images)
+    assert torch.allclose(seen[..., :width], wanted, atol=1e-5)
+    small = images.view(2, 64, 4, 64, 4, 3).float().mean((2, 4)) / 127.5 - 1  # (2, 64, 64, 3)
+    patch = small[1, 8:16, 56:64].permute(2, 0, 1).flatten()  # of row 1, column 7
+    assert torch.allclose(seen[1, 15, width:], patch, atol=1e-5)
     assert not any(module.training for module in tower.modules())
     assert not any(p.requires_grad for p in tower.parameters())
 
@@ -363,7 +371,7 @@ def test_a_tower_by_timm_itself(towers, name, width):
 def test_channels_may_come_last():
     tower = data.open_tower("swinv2_cr_tiny_ns_224", 16, "untrained")
     assert tower(torch.zeros(1, tower.side, tower.side, 3)).shape == (1, 16, tower.width)
-    assert tower.width == tower.model.num_features
+    assert tower.width == tower.model.num_features + 192
 
 
 def test_towers_that_are_refused_by_name():
@@ -440,14 +448,25 @@ def test_photos_with_a_tower(tmp_path, towers, state):
     save_file(state, tmp_path / "w.safetensors")
     how = {"tower": VIT, "tokens": 16, "weights": str(tmp_path / "w.safetensors"), "device": "cpu"}
     made = prepare(tmp_path / "o", shard, size=24, **how)
-    assert made.facts["channels"] == 192 and made.facts["tower"] == VIT and made.facts["side"] == 24
+    assert made.facts["channels"] == 384 and made.facts["tower"] == VIT and made.facts["side"] == 24
     features = made.rows("features", [34, 0])
-    assert features.shape == (2, 16, 192) and features.dtype == torch.float16
+    assert features.shape == (2, 16, 384) and features.dtype == torch.float16
     tower = data.open_tower(VIT, 16, str(tmp_path / "w.safetensors"))
     assert made.facts["tag"] == tower.tag
     view = data.open_picture(pairs("34")["34.jpg"], [256])[0]
     wanted = tower(torch.from_numpy(view)[None])[0]
     assert torch.allclose(features[0].float(), wanted, atol=0.02)
+    flags = {**SIZES, "data": tmp_path / "o", "out": tmp_path / "r", "tokens": 16, "clip_steps": 0}
+    flags |= {"channels": 5, "precision": "bf16", "understand_batch": 8}  # 16-bit on both sides
+    train.main([f"--{name}={value}" for name, value in flags.items()])
+    studio = sample.Studio(tmp_path / "r" / "checkpoint.pt")
+    assert studio.net.head.shape == (16, 5)
+    (tmp_path / "34.jpg").write_bytes(pairs("34")["34.jpg"])
+    _, vectors = studio.open(tmp_path / "34.jpg")
+    cached = np.load(tmp_path / "r" / "clip.npy")
+    close = partial(torch.testing.assert_close, atol=0.05, rtol=0.05)
+    close(vectors[0], torch.from_numpy(cached[34]).float())  # sampling sees what training saw
+    assert studio.draw(["a cat"], [0]).shape == (1, 24, 24, 3)
     state = state | {"norm.bias": state["norm.bias"] + 70_000}
     save_file(state, tmp_path / "w.safetensors")  # other weights under the same name
     with pytest.raises(ValueError, match="another tag"):

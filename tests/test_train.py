@@ -122,12 +122,13 @@ def test_a_stage_learns_eight_pictures_by_heart(prepared, stage, precision):
 
 
 def test_the_cache_is_what_the_encoders_make(prepared):
-    """In half precision. Normalised it has mean 0 and variance 1. Draws share their picture."""
+    """Normalised, in half precision: mean 0 and variance 1. Draws share their picture."""
     run, ids = prepared(), np.array([0, 7, 128, 599])
     pixels, model = M.to_pixels(run.data.rows("images", ids)), run.model
     for name, made in (("clip", model.clip.vectors(pixels)), ("vae", model.vae.encode(pixels))):
+        made = model.normalise[name](made)
         torch.testing.assert_close(run.cached(name, ids), made, rtol=2e-3, atol=2e-3)
-        channels = model.normalise[name](run.cached(name, run.data.train_ids)).flatten(0, 1)
+        channels = run.cached(name, run.data.train_ids).flatten(0, 1)
         assert channels.mean(0).abs().max() < 0.02 and (channels.std(0) - 1).abs().max() < 0.02
     x = train.generate_batch(run, ids, np.random.default_rng(0))["x"]
     assert torch.equal(x, run.cached("clip", np.repeat(ids, 2)))
@@ -151,7 +152,7 @@ def test_regression_reads_no_noise_and_flow_does(prepared):
     run = prepared("--objective=mse", "--no-self_conditioning", "--init=")
     torch.nn.init.normal_(run.model.head.out.weight)
     batch, _ = a_batch(run, "generate")
-    x = run.model.normalise["clip"](batch["x"])
+    x = batch["x"]
     states = run.model.backbone.query_states(batch["ids"])
     made = run.model.head(torch.zeros_like(x), torch.zeros(len(x)), states)
     torch.testing.assert_close(head_losses(run, 1), (made - x).square().mean((1, 2)))
@@ -253,9 +254,8 @@ def test_edits_are_learned_beside_prompts(prepared):
     torch.nn.init.normal_(run.model.head.out.weight)
     batch, _ = a_batch(run, "tune")
     states = [run.model.backbone.query_states(batch["ids"])]
-    seen = run.model.normalise["clip"](batch["vectors"])
-    states.append(run.model.backbone.query_states(batch["edit_ids"], seen))
-    x, dice = run.model.normalise["clip"](batch["x"]), torch.Generator().manual_seed(3)
+    states.append(run.model.backbone.query_states(batch["edit_ids"], batch["vectors"]))
+    x, dice = batch["x"], torch.Generator().manual_seed(3)
     cond = M.drop_condition(torch.cat(states), dice)
     wanted = M.flow_loss(run.model.head, x, cond, dice, run.config.generate_shift)
     losses = train.generate_loss(run.model, torch.Generator().manual_seed(3), **batch)
