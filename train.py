@@ -106,10 +106,9 @@ HARMLESS = ("data", "out", "init", "device", "precision", "compile", "save_every
 
 
 def clip_batch(run, ids, rng):
-    captions = [run.data.texts[i]["caption"] for i in ids]
+    captions = np.array([run.data.texts[i]["caption"] for i in ids])
     sequences, _ = run.sequences([[("user", text), ("bot", None)] for text in captions])
-    _, number = np.unique(captions, return_inverse=True)
-    same = torch.from_numpy(number[:, None] == number).float()  # equal captions are no negatives
+    same = torch.from_numpy(captions[:, None] == captions).float()  # equal ones are no negatives
     return {"images": run.data.rows("images", ids), "ids": sequences, "same": same}
 
 
