@@ -585,9 +585,8 @@ class Run:
         """A batch and its seed -> the noise's generator, the batch on the device."""
         batch, seed = item
         generator = torch.Generator(self.device).manual_seed(seed)
-        return generator, {
-            k: x.to(self.device, non_blocking=x.is_pinned()) for k, x in batch.items()
-        }
+        batch = {k: x.to(self.device, non_blocking=x.is_pinned()) for k, x in batch.items()}
+        return generator, batch
 
     def sequences(self, rows):
         return M.build_sequences(self.tokenizer, rows, self.config.tokens, self.config.queries)
