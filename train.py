@@ -516,11 +516,9 @@ class Run:
             self.check_same(state)
         elif c.init:
             state = load_checkpoint(Path(c.init))
-        texts = map(every_text, self.data.texts[:5000])
+        texts = [every_text(text) for text in self.data.texts[:5000]]
         self.tokenizer = M.Tokenizer(state["words"]) if state else M.Tokenizer.fit(chain(*texts))
-        plans = {
-            i for t in self.data.texts[:5000] for i in self.tokenizer.encode(t.get("plan", ""))
-        }
+        plans = set(self.tokenizer.encode(" ".join(plan for _, plan, *_ in texts)))
         self.spare = [i for i in self.tokenizer.ids.values() if i not in plans]
         torch.manual_seed(c.seed)
         side, channels = self.data.facts["side"], self.data.facts["channels"]
@@ -614,8 +612,7 @@ def train(c):
     blocks = (*m.backbone.trunk.blocks, *m.head.blocks, *m.decoder.blocks)
     for block in blocks if run.compiled else ():
         block.compile(fullgraph=True, dynamic=isinstance(block, M.TrunkBlock))
-    todo = ORDER[ORDER.index(run.progress["stage"]) : -1]
-    for name in todo:
+    for name in ORDER[ORDER.index(run.progress["stage"]) : -1]:
         if name != "tune":  # which runs what was compiled for generate
             torch.compiler.reset()
         if name == "cache":
@@ -624,8 +621,7 @@ def train(c):
             train_stage(run, name)
         run.clock(name)
         run.save(ORDER[ORDER.index(name) + 1])
-    total = sum(run.seconds.values())
-    print(f"trained in {total:.0f} s: {run.path}")
+    print(f"trained in {sum(run.seconds.values()):.0f} s: {run.path}")
 
 
 def main(arguments=None):
