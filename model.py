@@ -47,9 +47,7 @@ class Tokenizer:
     @classmethod
     def fit(cls, texts, size=768):
         """The tokenizer of the `size` most frequent words that occur at least twice."""
-        counts = Counter()
-        for text in texts:
-            counts.update(cls.split(text))
+        counts = Counter(piece for text in texts for piece in cls.split(text))
         frequent = [word for word in counts if counts[word] > 1 and len(word) > 1]
         frequent.sort(key=lambda word: (-counts[word], word))
         return cls(frequent[:size])
