@@ -14,7 +14,6 @@ business of tests/shapeseval.py.
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -138,11 +137,11 @@ class Studio:
 
         With vectors (B, N, C) of pictures, prompts are instructions that change them.
         """
-        rows = []
-        for text, plan in zip(prompts, plans or cycle([None])):
-            row = [] if vectors is None else [("image", None)]
-            row.append(("user", D.tidy(text)))
-            rows.append(row if plan is None else [*row, ("bot", plan)])
+        image = [] if vectors is None else [("image", None)]
+        rows = [[*image, ("user", D.tidy(text))] for text in prompts]
+        for row, plan in zip(rows, plans or []):
+            if plan is not None:
+                row.append(("bot", plan))
         made = self.imagine(rows, seeds, vectors)
         if self.config.target == "vae":
             return self.net.develop(made).cpu().numpy()
