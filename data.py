@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from io import BytesIO
-from itertools import permutations, product
+from itertools import combinations, permutations, product
 from pathlib import Path
 from typing import get_args
 from unittest.mock import patch
@@ -160,26 +160,26 @@ def relations(a, b, least=0.5):
 def place(pairs, rng, relation=None, beside=(), width=None, tries=10**9):
     """Random Objects of these (shape, color), then those of `beside`, which stay where they are.
 
-    Each is 1 px from the border, and boxes are 2 px apart. A relation holds from object 0 to
-    object 1, with a margin. A scene that jams starts again with the same sizes: size must not
-    betray the count. After so many tries of a hundred layouts the answer is [].
+    Each is 1 px from the border. A relation holds from object 0 to object 1, with a margin. A
+    scene that jams starts again with the same sizes: size must not betray the count. After so many
+    tries of a hundred layouts the answer is [].
     """
     ratios = np.array([(1, SHAPES[shape].height) for shape, _ in pairs])
     sizes = (width or rng.uniform(14, 26, (len(pairs), 1))) * ratios  # (objects, 2)
-    fixed = np.reshape([o[2:] for o in beside], (-1, 4))
-    size = np.concatenate([sizes, fixed[:, 2:]])
-    least = (size[:, None] + size) / 2 + 2
-    own = np.eye(len(size), dtype=bool)  # no distance from itself
-    for _ in range(tries):  # a hundred layouts at a time
-        centres = rng.uniform(1 + sizes / 2, SIDE - 1 - sizes / 2, (100, *sizes.shape))
-        at = np.concatenate([centres, np.tile(fixed[:, :2], (100, 1, 1))], axis=1)
-        apart = (np.abs(at[:, :, None] - at[:, None]) >= least).any(-1) | own
-        for layout in centres[apart.all((1, 2))]:
-            boxes = np.concatenate([layout, sizes], axis=1).tolist()
-            objects = [*(Object(*pair, *box) for pair, box in zip(pairs, boxes)), *beside]
-            if not relation or relation in relations(*objects[:2], least=0.55):
+    for _ in range(tries):
+        layouts = rng.uniform(1 + sizes / 2, SIDE - 1 - sizes / 2, (100, *sizes.shape))
+        for centres in layouts.tolist():
+            placed = zip(pairs, centres, sizes.tolist())
+            objects = [*(Object(*pair, *at, *size) for pair, at, size in placed), *beside]
+            free = all(apart(a, b) for a, b in combinations(objects, 2))
+            if free and (not relation or relation in relations(*objects[:2], least=0.55)):
                 return objects
     return []
+
+
+def apart(a, b):
+    """Whether 2 px lie between the boxes of two objects."""
+    return abs(a.x - b.x) >= (a.w + b.w) / 2 + 2 or abs(a.y - b.y) >= (a.h + b.h) / 2 + 2
 
 
 def random_scene(rng):
