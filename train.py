@@ -215,16 +215,13 @@ def generate_batch(run, ids, rng, broad_share=1.0):
 def tune_batch(run, ids, rng):
     """Instructions: prompts in a user's words, and edits for a quarter of the rows."""
     c = run.config
-    plain, changed = [], []
-    for i in ids:
-        able = c.target == "clip" and run.data.texts[i].get("edits")
-        chosen = able and len(changed) < (len(ids) + 2) // 4
-        (changed if chosen else plain).append(i)
-    batch = generate_batch(run, plain, rng, 0.1)
-    if changed:
-        rows, made = zip(*(edit(run, i, rng) for i in changed))
+    able = np.array([c.target == "clip" and bool(run.data.texts[i].get("edits")) for i in ids])
+    chosen = able & (able.cumsum() <= (len(ids) + 2) // 4)
+    batch = generate_batch(run, ids[~chosen], rng, 0.1)
+    if chosen.any():
+        rows, made = zip(*(edit(run, i, rng) for i in ids[chosen]))
         batch["edit_ids"], _ = run.sequences(rows)
-        batch["vectors"] = run.cached("clip", changed)
+        batch["vectors"] = run.cached("clip", ids[chosen])
         x = run.cached("clip", np.repeat(made, c.generate_draws))
         batch["x"] = torch.cat([batch["x"], x])
     return batch
