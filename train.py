@@ -12,7 +12,6 @@ import ctypes
 import json
 import math
 import os
-import re
 import sys
 import time
 from collections import defaultdict, namedtuple
@@ -386,16 +385,13 @@ def fill_cache(run):
 
 def make_optimizers(c, learned, dtype):
     """Muon for the matrices of blocks (not adaLN's, which are wide), AdamW for all else."""
-    groups = {"muon": [], "decayed": [], "plain": []}
-    for name, parameter in learned.items():
-        inner = re.search(r"blocks\.(?!.*parts)", name) and parameter.ndim == 2
-        kind = "muon" if inner else "decayed" if parameter.ndim > 1 else "plain"
-        groups[kind].append(parameter)
-    decayed = {"params": groups["decayed"], "weight_decay": c.weight_decay}
-    plain = {"params": groups["plain"], "weight_decay": 0.0}
+    muon = {k: p for k, p in learned.items() if "blocks." in k and "parts" not in k and p.ndim == 2}
+    others = [p for k, p in learned.items() if k not in muon]
+    decayed = {"params": [p for p in others if p.ndim > 1], "weight_decay": c.weight_decay}
+    plain = {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0}
     optimizers = [torch.optim.AdamW([decayed, plain], betas=(0.9, 0.98), fused=True)]
-    if groups["muon"]:
-        optimizers.append(Muon(groups["muon"], c.weight_decay, dtype))
+    if muon:
+        optimizers.append(Muon(muon.values(), c.weight_decay, dtype))
     return optimizers
 
 
