@@ -698,10 +698,12 @@ class Backbone(nn.Module):
     def query_states(self, ids, vectors=None):
         """States at the queries, which end every row: (P, T) -> (P, Q, D).
 
-        The prompt passes once without gradient, into the caches; then the queries pass with it.
-        This is right only while the backbone is frozen. Otherwise use `states`.
+        Of a frozen trunk the prompt passes without gradient, into the caches; the queries pass
+        after it.
         """
         count = len(self.queries)
+        if self.trunk.norm.weight.requires_grad:
+            return self.states(ids, vectors)[:, -count:]
         valid = ids != PAD
         caches = [[] for _ in self.trunk.blocks]
         with torch.no_grad():

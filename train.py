@@ -231,21 +231,15 @@ def generate_loss(model, generator, ids, x, edit_ids=None, vectors=None):
     of edits come last, and `vectors` (edits, N, C) are what they change."""
     c, source = model.config, None
     x = model.normalise[c.target](x)
-    states = query_states(model, ids)
+    states = model.backbone.query_states(ids)
     if edit_ids is not None:
         vectors = model.normalise["clip"](vectors)
         source = vectors.repeat_interleave(c.generate_draws, 0)
-        states = torch.cat([states, query_states(model, edit_ids, vectors)])
+        states = torch.cat([states, model.backbone.query_states(edit_ids, vectors)])
     if c.objective == "mse":
         return M.regression_loss(model.head, x, states)
     cond = M.drop_condition(states, generator)
     return M.flow_loss(model.head, x, cond, generator, c.generate_shift, source)
-
-
-def query_states(model, ids, vectors=None):
-    if model.config.joint:
-        return model.backbone.states(ids, vectors)[:, -model.config.queries :]
-    return model.backbone.query_states(ids, vectors)
 
 
 # What learns, by the beginning of its name; all else is frozen. The batch is a function of (run,
