@@ -285,7 +285,7 @@ def train_stage(run, name):
     for step in bar:
         rate = learning_rate(c, step, steps)
         for _ in range(c.accumulate):
-            with run.autocast():
+            with run.autocast:
                 loss = net(stage.loss, *run.ready(next(batches)))
             scaler.scale(loss / c.accumulate).backward()
         for optimizer in optimizers:
@@ -307,7 +307,7 @@ def train_stage(run, name):
             run.save(name, step + 1, averages, keepers)
     model.load_state_dict(averages, strict=False)
     held = Batches(run, name, run.data.val_ids)
-    with torch.no_grad(), run.autocast(), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad(), run.autocast, torch.compiler.set_stance("force_eager"):
         losses = [model(stage.loss, *run.ready(held[i])).item() for i in range(4)]
     print(f"stage {name}: validation loss {np.mean(losses):.4f}")
 
@@ -495,6 +495,7 @@ class Run:
         self.path = self.out / "checkpoint.pt"
         self.data = D.PreparedSet(c.data)
         self.device, self.dtype, self.compiled = choose_machine(c)
+        self.autocast = torch.autocast(self.device.type, self.dtype, enabled=bool(self.dtype))
         self.progress = START
         state = {}
         if self.path.exists():
@@ -562,9 +563,6 @@ class Run:
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0) + now - self.began
         self.began = now
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def ready(self, item):
         """A batch and its seed -> the noise's generator, the batch on the device."""
