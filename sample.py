@@ -68,12 +68,7 @@ def find_run(given=""):
 def row_noise(seeds, shape, device):
     """A source of noise (B, *shape), each row from its own seed: no picture depends on another."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def draw():
-        rows = [torch.randn(shape, generator=generator) for generator in generators]
-        return torch.stack(rows).to(device)
-
-    return draw
+    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
 class Studio:
