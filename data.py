@@ -99,7 +99,6 @@ def write_whole(path, write):
 
 def lock(folder):
     """Makes the folder and holds it inside of a `with`; ValueError if another process does."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
     try:
         return FileLock(Path(folder, ".lock")).acquire(blocking=False)
     except Timeout as error:
