@@ -183,10 +183,8 @@ def apart(a, b):
 
 def random_scene(rng):
     """Random objects, and the prompt in GenEval's wording that asks for them.
-
     Equal shares of its six kinds and of free scenes, whose prompt is "". What a prompt does not
-    name is random. No held-out pair occurs.
-    """
+    name is random. No held-out pair occurs."""
     kind = str(rng.choice(KINDS))
     counts = {"single": 1, "color": 1, "counting": rng.integers(2, 5), "free": rng.integers(1, 5)}
     count = counts.get(kind, 2)
@@ -216,10 +214,8 @@ def called(o, objects, rng):
 
 def change(objects, rng):
     """Changes a scene: -> (objects after, the instruction, the instruction that undoes it).
-
     An object gets another color, or is removed (to undo it is to add it), or moves. None if chance
-    picks a change that this scene does not allow. No held-out pair occurs.
-    """
+    picks a change that this scene does not allow. No held-out pair occurs."""
     counts = Counter(o[:2] for o in objects)
     alone = [o for o in objects if counts[o[:2]] == 1]
     if not alone:
@@ -303,9 +299,7 @@ PLAN = re.compile(r"(\w+ \w+ [a-h][1-8](; )?)+")  # what `plan` writes
 
 def plan(objects):
     """A short line for each object: what it is, and which cell of an 8 x 8 grid holds its centre.
-
-    "green circle c4; red square f2": columns a to h from the left, rows 1 to 8 from the top.
-    """
+    "green circle c4; red square f2": columns a to h from the left, rows 1 to 8 from the top."""
     cells = [f"{COLUMNS[int(o.x * 8 / SIDE)]}{int(o.y * 8 / SIDE) + 1}" for o in objects]
     lines = sorted(zip(cells, objects))  # one order, from left to right, for each scene
     return "; ".join(f"{o.color} {o.shape} {cell}" for cell, o in lines)
@@ -512,10 +506,8 @@ def find_samples(source, dropped):
 
 def prepare(settings, sources, read):
     """Writes what read(source) gives for each {name of a part: source} -> PreparedSet.
-
     It gives texts, {name: rows} and a Counter of dropped samples. A part that is there is not made
-    again, so the same command goes on after a kill, and more sources make a larger set.
-    """
+    again, so the same command goes on after a kill, and more sources make a larger set."""
     out = settings["out"]
     note = Path(out, "settings.json")
     if not sources:

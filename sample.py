@@ -102,9 +102,7 @@ class Studio:
 
     def plan(self, prompts, seeds, vectors=None):
         """What pictures will hold and where, a line for each object, written by the backbone.
-
-        With vectors (B, N, C) of pictures, prompts are instructions that change them.
-        """
+        With vectors (B, N, C) of pictures, prompts are instructions that change them."""
         image = [] if vectors is None else [("image", None)]
         rows = [[*image, ("user", D.tidy(text)), ("bot", None)] for text in prompts]
         return self.write(rows, vectors, seeds)
@@ -129,9 +127,7 @@ class Studio:
 
     def draw(self, prompts, seeds, plans=None, vectors=None):
         """Prompts, a seed for each, and plans unless drawn at once -> pictures (B, S, S, 3) uint8.
-
-        With vectors (B, N, C) of pictures, prompts are instructions that change them.
-        """
+        With vectors (B, N, C) of pictures, prompts are instructions that change them."""
         image = [] if vectors is None else [("image", None)]
         rows = [[*image, ("user", D.tidy(text))] for text in prompts]
         for row, plan in zip(rows, plans or []):

@@ -321,10 +321,8 @@ def learning_rate(c, step, steps):
 
 class Batches(Dataset):
     """Item i is batch i of a stage, and a seed for its noise.
-
     Both are functions of (seed, stage, i, process) alone. So a DataLoader may read ahead, and a
-    run that continues meets the batches it would have met.
-    """
+    run that continues meets the batches it would have met."""
 
     def __init__(self, run, stage, pool):
         self.run = run
@@ -350,9 +348,7 @@ class Batches(Dataset):
 @torch.no_grad()
 def fill_cache(run):
     """Stage cache: vectors and latents of the whole set, once, and what normalises them.
-
-    No later stage runs an encoder. A tower's vectors are in the prepared set.
-    """
+    No later stage runs an encoder. A tower's vectors are in the prepared set."""
     model, count = run.model, len(run.data)
     encoders = {"vae": (model.vae.encode, model.decoder.shape)}
     if model.clip is not None:
@@ -391,10 +387,8 @@ def make_optimizers(c, learned, dtype):
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (K. Jordan, 2024), for matrices; step size as in torch.optim.Muon.
-
     torch's own always rounds to bf16. A CPU without bf16 takes 15 times as long for that as for
-    float32, which this one uses there. A test holds the two together.
-    """
+    float32, which this one uses there. A test holds the two together."""
 
     def __init__(self, matrices, weight_decay, dtype):
         super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay})
@@ -524,9 +518,7 @@ class Run:
 
     def check_same(self, state):
         """ValueError where the run began with another set or other settings.
-
-        Those whose name begins with a stage's, such as --tune_steps, may change until it begins.
-        """
+        Those whose name begins with a stage's, such as --tune_steps, may change until it begins."""
         used = ORDER.index(self.progress["stage"]) + (self.progress["step"] > 0)
         for name, value in asdict(self.config).items():
             old = state["config"].get(name)
