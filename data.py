@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from io import BytesIO
-from itertools import permutations, product
+from itertools import combinations, permutations, product
 from pathlib import Path
 from typing import get_args
 from unittest.mock import patch
@@ -89,6 +89,7 @@ def write_whole(path, write):
     """`write(temporary path)`, flush, rename: the file at this Path appears whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -100,7 +101,6 @@ def write_whole(path, write):
 
 def lock(folder):
     """Makes the folder and holds it inside of a `with`; ValueError if another process does."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
     try:
         return FileLock(Path(folder, ".lock")).acquire(blocking=False)
     except Timeout as error:
@@ -161,34 +161,32 @@ def relations(a, b, least=0.5):
 def place(pairs, rng, relation=None, beside=(), width=None, tries=10**9):
     """Random Objects of these (shape, color), then those of `beside`, which stay where they are.
 
-    Each is 1 px from the border, and boxes are 2 px apart. A relation holds from object 0 to
-    object 1, with a margin. A scene that jams starts again with the same sizes: size must not
-    betray the count. After so many tries of a hundred layouts the answer is [].
+    Each is 1 px from the border. A relation holds from object 0 to object 1, with a margin. A
+    scene that jams starts again with the same sizes: size must not betray the count. After so many
+    tries of a hundred layouts the answer is [].
     """
     ratios = np.array([(1, SHAPES[shape].height) for shape, _ in pairs])
     sizes = (width or rng.uniform(14, 26, (len(pairs), 1))) * ratios  # (objects, 2)
-    fixed = np.reshape([o[2:] for o in beside], (-1, 4))
-    size = np.concatenate([sizes, fixed[:, 2:]])
-    least = (size[:, None] + size) / 2 + 2
-    own = np.eye(len(size), dtype=bool)  # no distance from itself
-    for _ in range(tries):  # a hundred layouts at a time
-        centres = rng.uniform(1 + sizes / 2, SIDE - 1 - sizes / 2, (100, *sizes.shape))
-        at = np.concatenate([centres, np.tile(fixed[:, :2], (100, 1, 1))], axis=1)
-        apart = (np.abs(at[:, :, None] - at[:, None]) >= least).any(-1) | own
-        for layout in centres[apart.all((1, 2))]:
-            boxes = np.concatenate([layout, sizes], axis=1).tolist()
-            objects = [*(Object(*pair, *box) for pair, box in zip(pairs, boxes)), *beside]
-            if not relation or relation in relations(*objects[:2], least=0.55):
+    for _ in range(tries):
+        layouts = rng.uniform(1 + sizes / 2, SIDE - 1 - sizes / 2, (100, *sizes.shape))
+        for centres in layouts.tolist():
+            placed = zip(pairs, centres, sizes.tolist())
+            objects = [*(Object(*pair, *at, *size) for pair, at, size in placed), *beside]
+            free = all(apart(a, b) for a, b in combinations(objects, 2))
+            if free and (not relation or relation in relations(*objects[:2], least=0.55)):
                 return objects
     return []
 
 
+def apart(a, b):
+    """Whether 2 px lie between the boxes of two objects."""
+    return abs(a.x - b.x) >= (a.w + b.w) / 2 + 2 or abs(a.y - b.y) >= (a.h + b.h) / 2 + 2
+
+
 def random_scene(rng):
     """Random objects, and the prompt in GenEval's wording that asks for them.
-
     Equal shares of its six kinds and of free scenes, whose prompt is "". What a prompt does not
-    name is random. No held-out pair occurs.
-    """
+    name is random. No held-out pair occurs."""
     kind = str(rng.choice(KINDS))
     counts = {"single": 1, "color": 1, "counting": rng.integers(2, 5), "free": rng.integers(1, 5)}
     count = counts.get(kind, 2)
@@ -218,10 +216,8 @@ def called(o, objects, rng):
 
 def change(objects, rng):
     """Changes a scene: -> (objects after, the instruction, the instruction that undoes it).
-
     An object gets another color, or is removed (to undo it is to add it), or moves. None if chance
-    picks a change that this scene does not allow. No held-out pair occurs.
-    """
+    picks a change that this scene does not allow. No held-out pair occurs."""
     counts = Counter(o[:2] for o in objects)
     alone = [o for o in objects if counts[o[:2]] == 1]
     if not alone:
@@ -305,9 +301,7 @@ PLAN = re.compile(r"(\w+ \w+ [a-h][1-8](; )?)+")  # what `plan` writes
 
 def plan(objects):
     """A short line for each object: what it is, and which cell of an 8 x 8 grid holds its centre.
-
-    "green circle c4; red square f2": columns a to h from the left, rows 1 to 8 from the top.
-    """
+    "green circle c4; red square f2": columns a to h from the left, rows 1 to 8 from the top."""
     cells = [f"{COLUMNS[int(o.x * 8 / SIDE)]}{int(o.y * 8 / SIDE) + 1}" for o in objects]
     lines = sorted(zip(cells, objects))  # one order, from left to right, for each scene
     return "; ".join(f"{o.color} {o.shape} {cell}" for cell, o in lines)
@@ -518,10 +512,8 @@ def find_samples(source, dropped):
 
 def prepare(settings, sources, read):
     """Writes what read(source) gives for each {name of a part: source} -> PreparedSet.
-
     It gives texts, {name: rows} and a Counter of dropped samples. A part that is there is not made
-    again, so the same command goes on after a kill, and more sources make a larger set.
-    """
+    again, so the same command goes on after a kill, and more sources make a larger set."""
     out = settings["out"]
     note = Path(out, "settings.json")
     if not sources:

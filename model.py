@@ -30,10 +30,8 @@ FIRST_WORD = 263
 
 class Tokenizer:
     """UTF-8 bytes (ids 0-255), special tokens, then whole words; lossless on any text.
-
     A word carries the space before it. A last "s" stands alone: what is learned of circle holds
-    for circles. A word that is not in `words` becomes its bytes.
-    """
+    for circles. A word that is not in `words` becomes its bytes."""
 
     def __init__(self, words=()):
         self.words = list(words)
@@ -47,9 +45,7 @@ class Tokenizer:
     @classmethod
     def fit(cls, texts, size=768):
         """The tokenizer of the `size` most frequent words that occur at least twice."""
-        counts = Counter()
-        for text in texts:
-            counts.update(cls.split(text))
+        counts = Counter(piece for text in texts for piece in cls.split(text))
         frequent = [word for word in counts if counts[word] > 1 and len(word) > 1]
         frequent.sort(key=lambda word: (-counts[word], word))
         return cls(frequent[:size])
@@ -110,9 +106,7 @@ HEAD_DIM = 32  # width of an attention head, everywhere
 
 def attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(E)) v: (B, H, T, E), two of (B, H, M, E) -> (B, H, T, E).
-
-    mask (B, 1, T, M) is true where a query may look.
-    """
+    mask (B, 1, T, M) is true where a query may look."""
     # Compiled for a CPU in bf16, a step with the fused kernel takes twice as long as the formula.
     if q.device.type != "cpu" or not torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -153,9 +147,7 @@ class Attention(nn.Module):
 
     def forward(self, x, context=None, mask=None, rope=None, cache=None):
         """(B, T, D), context (B, M, D), None = x itself -> (B, T, D).
-
-        cache is a list, empty or [keys, values] of earlier positions. It is brought up to date.
-        """
+        cache is a list, empty or [keys, values] of earlier positions. It is brought up to date."""
         context = x if context is None else context
         q = rearrange(self.q(x), "b t (h e) -> b h t e", h=self.heads)
         k, v = rearrange(self.kv(context), "b m (s h e) -> s b h m e", s=2, h=self.heads)
@@ -229,10 +221,8 @@ class Trunk(nn.Module):
 
     def forward(self, x, valid, caches=None):
         """Embeddings (B, T, D), valid (B, past + T) false at padding -> states (B, T, D).
-
         valid is of cached and new positions. caches is None, or one list for each block (see
-        `Attention`), empty at first.
-        """
+        `Attention`), empty at first."""
         keys = torch.arange(valid.shape[1], device=x.device)
         new = keys[-x.shape[1] :]  # the last T of these positions are x's
         causal = keys[None, :] <= new[:, None]  # (T, past + T)
@@ -327,9 +317,7 @@ class DiT(nn.Module):
 
     def forward(self, x, t, cond, guess=None):
         """x (B, N, C) at times t (B,), condition (P, M, L), B = P K -> (B, N, C).
-
-        guess (B, N, C) is an earlier guess of the data, None = zeros. Without cross, K = 1.
-        """
+        guess (B, N, C) is an earlier guess of the data, None = zeros. Without cross, K = 1."""
         if self.self_conditioning:
             guess = torch.zeros_like(x) if guess is None else guess
             x = torch.cat([x, guess], dim=-1)
@@ -369,19 +357,15 @@ def interpolate(noise, x, t):
 
 def shift_time(t, shift):
     """Moves times towards the noise (shift > 1), which large grids need (SD3, RAE): [0,1]->[0,1].
-
-    The share of noise s = 1 - t becomes shift s / (1 + (shift - 1) s): with shift 2, 1/2 -> 2/3.
-    """
+    The share of noise s = 1 - t becomes shift s / (1 + (shift - 1) s): with shift 2, 1/2 -> 2/3."""
     s = 1 - t
     return 1 - shift * s / (1 + (shift - 1) * s)
 
 
 def velocity(dit, x_t, t, cond, guess=None):
     """The velocity that `dit` stands for, estimating x - noise; arguments and shapes as in `DiT`.
-
     If `dit` predicts the data x, it is (x - x_t) / (1 - t), and an error of x weighs 1 / (1 - t)^2.
-    Above t = 0.95 the divisor stays 0.05, and the best output lies a little beyond x.
-    """
+    Above t = 0.95 the divisor stays 0.05, and the best output lies a little beyond x."""
     out = dit(x_t, t, cond, guess)
     if dit.predicts == "v":
         return out
@@ -396,10 +380,8 @@ def drop_condition(cond, generator, share=0.1):
 
 def flow_loss(dit, x, cond, generator, shift=1.0, source=None):
     """Flow matching (paper, section 3.2): |velocity(x_t) - (x - noise)|^2, a mean for each row.
-
     Data x (B, N, C), cond (P, M, L) -> losses (B,). Noise is Gaussian, times are logit-normal.
-    source (b, N, C): what the last b rows are changes of. It takes the place of their guess.
-    """
+    source (b, N, C): what the last b rows are changes of. It takes the place of their guess."""
     noise = draw_noise(x, generator)
     t = shift_time(draw_noise(x[:, 0, 0], generator).sigmoid(), shift)  # (B,)
     x_t = interpolate(noise, x, t[:, None, None])
@@ -534,9 +516,7 @@ def convs(inputs, width, outputs):
 
 class VAE(nn.Module):
     """Compact convolutional VAE, f = 4: pixels (B, 3, S, S) <-> latents (B, (S/4)^2, 4).
-
-    Folding 4 x 4 pixels into channels lets all convolutions run at a quarter of the resolution.
-    """
+    Folding 4 x 4 pixels into channels lets all convolutions run at a quarter of the resolution."""
 
     factor = 4
     channels = 4
@@ -575,10 +555,8 @@ def pixel_error(made, pixels):
 
 def edge_histograms(pixels, patch, bins=8):
     """How edges are oriented around each patch, as in HOG and MaskFeat (arXiv 2112.09133).
-
     (B, 3, S, S) -> (B, N, bins). Bin i counts gradients at i / bins of half a turn in the 3 x 3
-    patches around each patch. A row's length nears 1 where edges are many, 0 where all is flat.
-    """
+    patches around each patch. A row's length nears 1 where edges are many, 0 where all is flat."""
     grey = F.pad(pixels.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     dx = grey[:, :, 1:-1, 2:] - grey[:, :, 1:-1, :-2]
     dy = grey[:, :, 2:, 1:-1] - grey[:, :, :-2, 1:-1]
@@ -652,10 +630,8 @@ class TinyCLIP(nn.Module):
 
 class Backbone(nn.Module):
     """One causal transformer that reads text and images and writes text (paper, section 2).
-
     Understanding puts an image's vectors before the text. Generation puts the learned queries
-    after the prompt, and their last states condition the flow head.
-    """
+    after the prompt, and their last states condition the flow head."""
 
     def __init__(self, config, vocabulary, channels):
         super().__init__()
@@ -685,9 +661,7 @@ class Backbone(nn.Module):
 
     def forward(self, ids, learn, vectors=None):
         """Cross-entropy of the tokens marked in learn (B, T), each from those before it -> (B,).
-
-        Rows that end in the queries also learn to repeat; see `repeat_loss`.
-        """
+        Rows that end in the queries also learn to repeat; see `repeat_loss`."""
         log_p = self.head(self.states(ids, vectors)).float().log_softmax(-1)  # (B, T, V)
         learn = learn[:, 1:]
         said = log_p[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
@@ -711,11 +685,10 @@ class Backbone(nn.Module):
 
     def query_states(self, ids, vectors=None):
         """States at the queries, which end every row: (P, T) -> (P, Q, D).
-
-        The prompt passes once without gradient, into the caches; then the queries pass with it.
-        This is right only while the backbone is frozen. Otherwise use `states`.
-        """
+        Of a frozen trunk the prompt passes without gradient, into caches; then the queries."""
         count = len(self.queries)
+        if self.trunk.norm.weight.requires_grad:
+            return self.states(ids, vectors)[:, -count:]
         valid = ids != PAD
         caches = [[] for _ in self.trunk.blocks]
         with torch.no_grad():
@@ -725,9 +698,7 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def write(self, ids, vectors=None, limit=64, noise=None, temperature=0.5):
         """Continues rows (B, T) that end in an open <bot>, until <eos> or `limit`.
-
-        Greedily, or with a source of noise (B, 1) by chance: a low temperature sharpens it.
-        """
+        Greedily, or with a source of noise (B, 1) by chance: a low temperature sharpens it."""
         caches = [[] for _ in self.trunk.blocks]
         valid = ids != PAD
         x = self.embed(ids, vectors)

@@ -14,7 +14,6 @@ business of tests/shapeseval.py.
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -69,12 +68,7 @@ def find_run(given=""):
 def row_noise(seeds, shape, device):
     """A source of noise (B, *shape), each row from its own seed: no picture depends on another."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def draw():
-        rows = [torch.randn(shape, generator=generator) for generator in generators]
-        return torch.stack(rows).to(device)
-
-    return draw
+    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
 class Studio:
@@ -108,9 +102,7 @@ class Studio:
 
     def plan(self, prompts, seeds, vectors=None):
         """What pictures will hold and where, a line for each object, written by the backbone.
-
-        With vectors (B, N, C) of pictures, prompts are instructions that change them.
-        """
+        With vectors (B, N, C) of pictures, prompts are instructions that change them."""
         image = [] if vectors is None else [("image", None)]
         rows = [[*image, ("user", D.tidy(text)), ("bot", None)] for text in prompts]
         return self.write(rows, vectors, seeds)
@@ -135,14 +127,12 @@ class Studio:
 
     def draw(self, prompts, seeds, plans=None, vectors=None):
         """Prompts, a seed for each, and plans unless drawn at once -> pictures (B, S, S, 3) uint8.
-
-        With vectors (B, N, C) of pictures, prompts are instructions that change them.
-        """
-        rows = []
-        for text, plan in zip(prompts, plans or cycle([None])):
-            row = [] if vectors is None else [("image", None)]
-            row.append(("user", D.tidy(text)))
-            rows.append(row if plan is None else [*row, ("bot", plan)])
+        With vectors (B, N, C) of pictures, prompts are instructions that change them."""
+        image = [] if vectors is None else [("image", None)]
+        rows = [[*image, ("user", D.tidy(text))] for text in prompts]
+        for row, plan in zip(rows, plans or []):
+            if plan is not None:
+                row.append(("bot", plan))
         made = self.imagine(rows, seeds, vectors)
         if self.config.target == "vae":
             return self.net.develop(made).cpu().numpy()
@@ -227,10 +217,6 @@ def sample(s):
         raise ValueError("expected a prompt, --image or --chat; --help lists the flags")
     path = find_run(s.run)
     print(f"weights {path}")
-    try:  # before anything is drawn
-        Path(s.out).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {s.out}: {error}") from error
     studio = Studio(path, s)
     able = studio.config.target == "clip" and studio.facts["kind"] == "shapes"
     if not able and (s.chat or s.image and s.prompts):

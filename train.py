@@ -12,7 +12,6 @@ import ctypes
 import json
 import math
 import os
-import re
 import sys
 import time
 from collections import defaultdict, namedtuple
@@ -106,10 +105,9 @@ HARMLESS = ("data", "out", "init", "device", "precision", "compile", "save_every
 
 
 def clip_batch(run, ids, rng):
-    captions = [run.data.texts[i]["caption"] for i in ids]
+    captions = np.array([run.data.texts[i]["caption"] for i in ids])
     sequences, _ = run.sequences([[("user", text), ("bot", None)] for text in captions])
-    _, number = np.unique(captions, return_inverse=True)
-    same = torch.from_numpy(number[:, None] == number).float()  # equal captions are no negatives
+    same = torch.from_numpy(captions[:, None] == captions).float()  # equal ones are no negatives
     return {"images": run.data.rows("images", ids), "ids": sequences, "same": same}
 
 
@@ -212,16 +210,13 @@ def generate_batch(run, ids, rng, broad_share=1.0):
 def tune_batch(run, ids, rng):
     """Instructions: prompts in a user's words, and edits for a quarter of the rows."""
     c = run.config
-    plain, changed = [], []
-    for i in ids:
-        able = c.target == "clip" and run.data.texts[i].get("edits")
-        chosen = able and len(changed) < (len(ids) + 2) // 4
-        (changed if chosen else plain).append(i)
-    batch = generate_batch(run, plain, rng, 0.1)
-    if changed:
-        rows, made = zip(*(edit(run, i, rng) for i in changed))
+    able = np.array([c.target == "clip" and bool(run.data.texts[i].get("edits")) for i in ids])
+    chosen = able & (able.cumsum() <= (len(ids) + 2) // 4)
+    batch = generate_batch(run, ids[~chosen], rng, 0.1)
+    if chosen.any():
+        rows, made = zip(*(edit(run, i, rng) for i in ids[chosen]))
         batch["edit_ids"], _ = run.sequences(rows)
-        batch["vectors"] = run.cached("clip", changed)
+        batch["vectors"] = run.cached("clip", ids[chosen])
         x = run.cached("clip", np.repeat(made, c.generate_draws))
         batch["x"] = torch.cat([batch["x"], x])
     return batch
@@ -231,20 +226,14 @@ def generate_loss(model, generator, ids, x, edit_ids=None, vectors=None):
     """The flow head makes the vectors or latents x (B, N, C) of prompts (P, T), B = P K. The rows
     of edits come last, and `vectors` (edits, N, C) are what they change."""
     c, source = model.config, None
-    states = query_states(model, ids)
+    states = model.backbone.query_states(ids)
     if edit_ids is not None:
         source = vectors.repeat_interleave(c.generate_draws, 0)
-        states = torch.cat([states, query_states(model, edit_ids, vectors)])
+        states = torch.cat([states, model.backbone.query_states(edit_ids, vectors)])
     if c.objective == "mse":
         return M.regression_loss(model.head, x, states)
     cond = M.drop_condition(states, generator)
     return M.flow_loss(model.head, x, cond, generator, c.generate_shift, source)
-
-
-def query_states(model, ids, vectors=None):
-    if model.config.joint:
-        return model.backbone.states(ids, vectors)[:, -model.config.queries :]
-    return model.backbone.query_states(ids, vectors)
 
 
 # What learns, by the beginning of its name; all else is frozen. The batch is a function of (run,
@@ -290,7 +279,7 @@ def train_stage(run, name):
     for step in bar:
         rate = learning_rate(c, step, steps)
         for _ in range(c.accumulate):
-            with run.autocast():
+            with run.autocast:
                 loss = net(stage.loss, *run.ready(next(batches)))
             scaler.scale(loss / c.accumulate).backward()
         for optimizer in optimizers:
@@ -312,7 +301,7 @@ def train_stage(run, name):
             run.save(name, step + 1, averages, keepers)
     model.load_state_dict(averages, strict=False)
     held = Batches(run, name, run.data.val_ids)
-    with torch.no_grad(), run.autocast(), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad(), run.autocast, torch.compiler.set_stance("force_eager"):
         losses = [model(stage.loss, *run.ready(held[i])).item() for i in range(4)]
     print(f"stage {name}: validation loss {np.mean(losses):.4f}")
 
@@ -326,10 +315,8 @@ def learning_rate(c, step, steps):
 
 class Batches(Dataset):
     """Item i is batch i of a stage, and a seed for its noise.
-
     Both are functions of (seed, stage, i, process) alone. So a DataLoader may read ahead, and a
-    run that continues meets the batches it would have met.
-    """
+    run that continues meets the batches it would have met."""
 
     def __init__(self, run, stage, pool):
         self.run = run
@@ -355,9 +342,7 @@ class Batches(Dataset):
 @torch.no_grad()
 def fill_cache(run):
     """Stage cache: normalised vectors and latents of the whole set. No later stage runs an encoder.
-
-    ValueError if they do not fit into half precision.
-    """
+    ValueError if they do not fit into half precision."""
     model, count = run.model, len(run.data)
     sample = run.data.train_ids[:: max(1, count // 2000)]
     shapes = {"clip": model.vectors, "vae": model.decoder.shape}
@@ -393,25 +378,20 @@ def encoded(run, name, ids):
 
 def make_optimizers(c, learned, dtype):
     """Muon for the matrices of blocks (not adaLN's, which are wide), AdamW for all else."""
-    groups = {"muon": [], "decayed": [], "plain": []}
-    for name, parameter in learned.items():
-        inner = re.search(r"blocks\.(?!.*parts)", name) and parameter.ndim == 2
-        kind = "muon" if inner else "decayed" if parameter.ndim > 1 else "plain"
-        groups[kind].append(parameter)
-    decayed = {"params": groups["decayed"], "weight_decay": c.weight_decay}
-    plain = {"params": groups["plain"], "weight_decay": 0.0}
+    muon = {k: p for k, p in learned.items() if "blocks." in k and "parts" not in k and p.ndim == 2}
+    others = [p for k, p in learned.items() if k not in muon]
+    decayed = {"params": [p for p in others if p.ndim > 1], "weight_decay": c.weight_decay}
+    plain = {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0}
     optimizers = [torch.optim.AdamW([decayed, plain], betas=(0.9, 0.98), fused=True)]
-    if groups["muon"]:
-        optimizers.append(Muon(groups["muon"], c.weight_decay, dtype))
+    if muon:
+        optimizers.append(Muon(muon.values(), c.weight_decay, dtype))
     return optimizers
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (K. Jordan, 2024), for matrices; step size as in torch.optim.Muon.
-
     torch's own always rounds to bf16. A CPU without bf16 takes 15 times as long for that as for
-    float32, which this one uses there. A test holds the two together.
-    """
+    float32, which this one uses there. A test holds the two together."""
 
     def __init__(self, matrices, weight_decay, dtype):
         super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay})
@@ -512,6 +492,7 @@ class Run:
         self.path = self.out / "checkpoint.pt"
         self.data = D.PreparedSet(c.data)
         self.device, self.dtype, self.compiled = choose_machine(c)
+        self.autocast = torch.autocast(self.device.type, self.dtype, enabled=bool(self.dtype))
         self.progress = START
         state = {}
         if self.path.exists():
@@ -520,11 +501,9 @@ class Run:
             self.check_same(state)
         elif c.init:
             state = load_checkpoint(Path(c.init))
-        texts = map(every_text, self.data.texts[:5000])
+        texts = [every_text(text) for text in self.data.texts[:5000]]
         self.tokenizer = M.Tokenizer(state["words"]) if state else M.Tokenizer.fit(chain(*texts))
-        plans = {
-            i for t in self.data.texts[:5000] for i in self.tokenizer.encode(t.get("plan", ""))
-        }
+        plans = set(self.tokenizer.encode(" ".join(plan for _, plan, *_ in texts)))
         self.spare = [i for i in self.tokenizer.ids.values() if i not in plans]
         torch.manual_seed(c.seed)
         side, channels = self.data.facts["side"], self.data.facts["channels"]
@@ -542,9 +521,7 @@ class Run:
 
     def check_same(self, state):
         """ValueError where the run began with another set or other settings.
-
-        Those whose name begins with a stage's, such as --tune_steps, may change until it begins.
-        """
+        Those whose name begins with a stage's, such as --tune_steps, may change until it begins."""
         used = ORDER.index(self.progress["stage"]) + (self.progress["step"] > 0)
         for name, value in asdict(self.config).items():
             old = state["config"].get(name)
@@ -582,16 +559,12 @@ class Run:
         self.seconds[stage] = self.seconds.get(stage, 0) + now - self.began
         self.began = now
 
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
-
     def ready(self, item):
         """A batch and its seed -> the noise's generator, the batch on the device."""
         batch, seed = item
         generator = torch.Generator(self.device).manual_seed(seed)
-        return generator, {
-            k: x.to(self.device, non_blocking=x.is_pinned()) for k, x in batch.items()
-        }
+        batch = {k: x.to(self.device, non_blocking=x.is_pinned()) for k, x in batch.items()}
+        return generator, batch
 
     def sequences(self, rows):
         return M.build_sequences(self.tokenizer, rows, self.config.tokens, self.config.queries)
@@ -617,8 +590,7 @@ def train(c):
     blocks = (*m.backbone.trunk.blocks, *m.head.blocks, *m.decoder.blocks)
     for block in blocks if run.compiled else ():
         block.compile(fullgraph=True, dynamic=isinstance(block, M.TrunkBlock))
-    todo = ORDER[ORDER.index(run.progress["stage"]) : -1]
-    for name in todo:
+    for name in ORDER[ORDER.index(run.progress["stage"]) : -1]:
         if name != "tune":  # which runs what was compiled for generate
             torch.compiler.reset()
         if name == "cache":
@@ -627,8 +599,7 @@ def train(c):
             train_stage(run, name)
         run.clock(name)
         run.save(ORDER[ORDER.index(name) + 1])
-    total = sum(run.seconds.values())
-    print(f"trained in {total:.0f} s: {run.path}")
+    print(f"trained in {sum(run.seconds.values()):.0f} s: {run.path}")
 
 
 def main(arguments=None):

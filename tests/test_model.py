@@ -476,7 +476,8 @@ def test_repeat_loss_by_hand(words):
 
 def test_query_states_are_the_last_states():
     """And so are gradients, by row. A query sees the queries before it, and none behind."""
-    backbone = build(M.Backbone, 300, 6, queries=12).requires_grad_(True)
+    backbone = build(M.Backbone, 300, 6, queries=12)
+    backbone.queries.requires_grad_(True)
     ids, weight = make_ids("user", "queries", queries=12), torch.randn(3, 12, 32)
     once = backbone.query_states(ids)
     whole = torch.cat([backbone.states(alone(row))[:, -12:] for row in ids])

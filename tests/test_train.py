@@ -112,7 +112,7 @@ def test_a_stage_learns_eight_pictures_by_heart(prepared, stage, precision):
     run = prepared("--init=", f"--{stage}_steps=60", "--lr=0.01", f"--precision={precision}")
     run.data.train_ids, losses, stage_loss = run.data.train_ids[:8], [], train.STAGES[stage].loss
     for _ in range(2):
-        with torch.no_grad(), run.autocast():
+        with torch.no_grad(), run.autocast:
             ready = [run.ready(a_batch(run, stage, i)) for i in range(1000, 1008)]
             losses.append(np.mean([run.model(stage_loss, *each).item() for each in ready]))
             dtype = run.model.decoder.embed(torch.zeros(1, 256, 16)).dtype
