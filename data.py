@@ -89,7 +89,6 @@ def write_whole(path, write):
     """`write(temporary path)`, flush, rename: the file at this Path appears whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())

@@ -217,6 +217,10 @@ def sample(s):
         raise ValueError("expected a prompt, --image or --chat; --help lists the flags")
     path = find_run(s.run)
     print(f"weights {path}")
+    try:  # before anything is drawn
+        Path(s.out).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {s.out}: {error}") from error
     studio = Studio(path, s)
     able = studio.config.target == "clip" and studio.facts["kind"] == "shapes"
     if not able and (s.chat or s.image and s.prompts):
