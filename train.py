@@ -344,7 +344,7 @@ def fill_cache(run):
     """Stage cache: normalised vectors and latents of the whole set. No later stage runs an encoder.
     ValueError if they do not fit into half precision."""
     model, count = run.model, len(run.data)
-    sample = run.data.train_ids[:: max(1, count // 2000)]
+    sample = run.data.train_ids[:: max(1, count // 500)]
     shapes = {"clip": model.vectors, "vae": model.decoder.shape}
     for name, normalise in model.normalise.items():
         normalise.fit(torch.cat(list(encoded(run, name, sample))))
