@@ -59,21 +59,12 @@ def test_an_object_is_placed_beside_those_that_stay():
     assert data.place([("square", "blue")], rng, None, full, tries=50) == []
 
 
-def changes(count=400, seed=0):
-    """(objects, objects after, instruction, the way back) of many random scenes."""
-    rng = np.random.default_rng(seed)
-    while count:
-        objects, _ = data.random_scene(rng)
-        changed = data.change(objects, rng)
-        if changed:
-            count -= 1
-            yield objects, *changed
-
-
 def test_a_change_is_what_its_instruction_says():
     """Both ways. It names one object; all others stay; no held-out pair comes up."""
-    kinds = Counter()
-    for before, after, there, back in changes():
+    rng, kinds = np.random.default_rng(0), Counter()
+    scenes = (data.random_scene(rng)[0] for _ in range(1200))
+    made = [(objects, *changed) for objects in scenes if (changed := data.change(objects, rng))]
+    for before, after, there, back in made:
         assert not HELD_OUT & {o[:2] for o in after}
         for old, new, said in ((before, after, there), (after, before, back)):
             gone, come = (Counter(a) - Counter(b) for a, b in ((old, new), (new, old)))
@@ -97,10 +88,8 @@ def test_a_change_is_what_its_instruction_says():
 
 
 def test_a_plan_has_a_line_for_each_object_from_left_to_right():
-    objects = [
-        Object("square", "red", 43.0, 9.0, 15, 15),
-        Object("circle", "green", 20.0, 31.9, 20, 20),
-    ]
+    objects = [Object("square", "red", 43.0, 9.0, 15, 15)]
+    objects.append(Object("circle", "green", 20.0, 31.9, 20, 20))
     assert data.plan(objects) == "green circle c4; red square f2"
     assert data.PLAN.fullmatch("green circle c4; red square f2")
     for text in ("green circle", "two", "green circle c9", "green circle i1", ""):
@@ -304,40 +293,32 @@ def test_tidy():
 
 
 def test_shapes_are_the_same_for_ever_and_split(tmp_path, capsys):
-    one = data.Shapes(out=str(tmp_path / "a"), count=1100, seed=3).prepare()
+    """How a set goes on after a kill is shown with photos."""
+
+    def make(folder, seed):
+        return data.Shapes(out=str(tmp_path / folder), count=1100, seed=seed).prepare()
+
+    one, again, other = make("a", 3), make("b", 3), make("c", 4)
     assert "1100 kept, 0 dropped" in capsys.readouterr().out
-    (tmp_path / "a" / "part-00001.safetensors").unlink()  # killed before it was there
-    with pytest.raises(ValueError, match="not a finished set, part-00001"):
-        data.PreparedSet(tmp_path / "a")
-    first = tmp_path / "a" / "part-00000.safetensors"
-    written = first.stat().st_mtime_ns
-    again = data.Shapes(out=str(tmp_path / "a"), count=1100, seed=3).prepare()
-    assert first.stat().st_mtime_ns == written
-    elsewhere = data.Shapes(out=str(tmp_path / "b"), count=1100, seed=3).prepare()
-    assert one.fingerprint == again.fingerprint == elsewhere.fingerprint
+    assert one.fingerprint == again.fingerprint != other.fingerprint
     ids = np.array([0, 1099, 1000, 999, 5])
-    assert torch.equal(one.rows("images", ids), elsewhere.rows("images", ids))
-    assert one.texts == elsewhere.texts and len(one) == len(one.texts) == 1100
+    assert torch.equal(one.rows("images", ids), again.rows("images", ids))
+    assert one.texts == again.texts and len(one) == len(one.texts) == 1100
     assert sorted([*one.train_ids, *one.val_ids]) == list(range(1100)) and len(one.val_ids) == 22
-    assert one.facts["side"] == 64 and one.facts["channels"] is None
-    assert one.facts["kind"] == "shapes"
-    other = data.Shapes(out=str(tmp_path / "c"), count=1100, seed=4).prepare()
-    assert other.fingerprint != one.fingerprint
+    assert [one.facts[name] for name in ("kind", "side", "channels")] == ["shapes", 64, None]
     with pytest.raises(ValueError, match="another seed, 3"):
-        data.Shapes(out=str(tmp_path / "a"), count=1100, seed=5).prepare()
+        make("a", 5)
 
 
-def test_damaged_and_foreign_folders_end_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match="not a finished set, settings.json"):
-        data.PreparedSet(tmp_path)
+def test_damaged_and_foreign_folders_are_named(tmp_path):
     data.Shapes(out=str(tmp_path), count=50).prepare()
-    part = tmp_path / "part-00000.safetensors"
-    part.write_bytes(part.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="part-00000.safetensors is missing or damaged"):
-        data.PreparedSet(tmp_path)
-    (tmp_path / "settings.json").write_text("{")
-    with pytest.raises(ValueError, match="settings.json is missing or damaged"):
-        data.PreparedSet(tmp_path)
+    part, note = tmp_path / "part-00000.safetensors", tmp_path / "settings.json"
+    for path, content in ((part, part.read_bytes()[:-100]), (note, b"{")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"not a finished set, {path.name} is missing or dam"):
+            data.PreparedSet(tmp_path)
+    with pytest.raises(ValueError, match="not a finished set, settings.json is missing"):
+        data.PreparedSet(tmp_path / "nowhere")
 
 
 # ------------------------------------------------------------------------------ the command line
