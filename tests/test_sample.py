@@ -35,10 +35,12 @@ def studio_of(run, **changes):
 
 @pytest.fixture(scope="module")
 def designs(micro_flags, tmp_path_factory):
-    """Finished runs of the other two designs, by the value of their flag."""
+    """Finished runs of the other designs."""
     out, steps = tmp_path_factory.mktemp("designs"), [f"--{stage}_steps=2" for stage in STAGES]
-    for flag, value in (("target", "vae"), ("objective", "mse")):
-        train.main([*micro_flags, *steps, f"--{flag}={value}", "--out", str(out / value)])
+    flags = {"vae": "--target=vae", "mse": "--objective=mse"}
+    flags["v"] = "--predicts=v --no-self_conditioning --joint"
+    for name, line in flags.items():
+        train.main([*micro_flags, *steps, *line.split(), "--out", str(out / name)])
     return out
 
 
@@ -71,7 +73,7 @@ def test_prompts_become_a_labelled_grid(micro_run, tmp_path, capsys):
     assert all(label.min() < 100 for label in labels) and not np.array_equal(*labels)
 
 
-@pytest.mark.parametrize("run", ["micro", "vae", "mse"])
+@pytest.mark.parametrize("run", ["micro", "vae", "mse", "v"])
 def test_no_picture_depends_on_its_batch(request, designs, run):
     """Three prompts of different lengths are three singles; the same call gives the same bytes."""
     path = request.getfixturevalue("micro_run") if run == "micro" else designs / run
@@ -350,15 +352,7 @@ def test_what_a_user_gets_wrong_ends_in_one_line(micro_run, tmp_path, capsys, fl
 ALIVE = "seed=1 count=1 steps=3 guidance=9 ode decoder_steps=3 decoder_guidance=9"
 ALIVE = {flag.split("=")[0]: f"--{flag}" for flag in ALIVE.split()}
 ALIVE["prompts"] = "a square"
-ELSEWHERE = {
-    "run",
-    "out",
-    "image",
-    "ask",
-    "reconstruct",
-    "chat",
-    "plan",
-}  # shown by the tests above
+ELSEWHERE = "run out image ask reconstruct chat plan".split()  # shown by the tests above
 SHOWN = [f.name for f in fields(sample.Settings) if f.name not in ELSEWHERE]
 
 
