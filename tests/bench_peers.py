@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -248,40 +248,31 @@ def row_c(bench, size):
         yield f"c {count} prompts", times, f"trunk, head {sizes}"
 
 
-def step_times(config, between=lambda run, step: 0):
-    """Runs train.py -> (steps, 2): seconds of its steps, and what between(run, step) gives, which
-    comes after each. One stage has steps, the others none. The first step is not measured."""
-    times, begun, write_log = [], [math.nan], train.Run.log
-
-    def log(run, *where, **what):
-        write_log(run, *where, **what)
-        seconds()  # a card ends the step
-        times.append((time.perf_counter() - begun[0], between(run, len(times))))
-        begun[0] = time.perf_counter()
-
-    Path(config.out).mkdir(exist_ok=True)
-    with patch.object(train.Run, "save"), patch.object(train.Run, "log", log):
-        train.train(replace(config, save_every=1))
-    return np.array(times)
-
-
 def row_e(bench, size):
-    optimizers = []
+    times, begun, optimizers, write_log = [], [0], [], train.Run.log
 
-    def bare(run, step):
+    def bare(run):
+        """Seconds of the step that the loop has just taken, without the loop."""
         if not optimizers:
             learned = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
             optimizers.extend(train.make_optimizers(run.config, learned, run.dtype))
-        batch = run.ready(train.Batches(run, "tune", run.data.train_ids)[step])
+        batch = run.ready(train.Batches(run, "tune", run.data.train_ids)[len(times)])
         loss = partial(run.model, train.STAGES["tune"].loss, *batch)
         return seconds(partial(bench.step, loss, *optimizers))
 
+    def log(run, *where, **what):  # comes last in a step
+        write_log(run, *where, **what)
+        seconds()  # a card ends the step
+        loop = time.perf_counter() - begun[0]
+        times.append((bare(run), loop))
+        begun[0] = time.perf_counter()
+
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-        places = {"data": f"{folder}/set", "out": f"{folder}/run"}
-        D.Shapes(out=places["data"], count=1000).prepare()
-        steps = NO_STEPS | {"tune_steps": bench.rounds + 2}
-        times = step_times(bench.config(size, **places, **steps), bare)
-    yield "e loop over bare step", times[2:, ::-1], "bare, loop"
+        D.Shapes(out=f"{folder}/set", count=1000).prepare()
+        steps = NO_STEPS | {"tune_steps": bench.rounds + 2, "save_every": 1}
+        with patch.object(train.Run, "save"), patch.object(train.Run, "log", log):
+            train.train(bench.config(size, data=f"{folder}/set", out=folder, **steps))
+    yield "e loop over bare step", np.array(times[2:]), "bare, loop"
 
 
 ROWS = {"a": row_a, "b": row_b, "c": row_c, "e": row_e}
