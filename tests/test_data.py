@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from abilities import judge_edit
-from shapeseval import fits, parse_caption
+from shapeseval import Prompt, fits, judge, parse_caption
 
 import data
 import sample
@@ -122,21 +122,9 @@ def test_seven_kinds_have_equal_shares(scenes):
 
 def test_a_prompt_names_its_scene(scenes):
     for prompt, objects, _ in scenes:
-        if " and " in prompt:
-            names = prompt.split(" and ")
-        elif match := re.fullmatch("(a .+?) (left of|right of|above|below) (a .+)", prompt):
-            names = [match[1], match[3]]
-            assert match[2] in data.relations(*objects, 0.55)
-        elif prompt.split(" ")[0] in data.NUMBERS:
-            assert {o.shape for o in objects} == {prompt.split(" ")[1][:-1]}
-            assert data.NUMBERS[len(objects)] == prompt.split(" ")[0]
-            continue
-        else:
-            names = [prompt] if prompt else []
-        for name, o in zip(names, objects):
-            assert name in (data.noun(o.shape), data.noun(*o[:2]))
-        if prompt:
-            assert len(objects) == len(names)
+        named = tuple(parse_caption(prompt).elements())
+        relation = re.search("|".join(data.RELATIONS), prompt)
+        assert not prompt or judge(Prompt(prompt, "", named, relation and relation[0]), objects)
 
 
 def test_objects_keep_their_distances(scenes):

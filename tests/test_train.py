@@ -151,15 +151,12 @@ def test_the_loss_of_prompts_and_edits_by_hand(prepared, objective):
 def test_a_batch_is_a_function_of_seed_stage_and_step(prepared):
     """Whatever was drawn before. A DataLoader gives them in order, from any step on."""
 
-    def drawn(stage, i, *flags):
+    three, seen = ("vae", 3), []
+    for stage, i, *flags in [three, three, ("vae", 4), ("decode", 3), (*three, "--seed=1")]:
         np.random.seed(len(seen))
         torch.manual_seed(len(seen))
         batch, seed = a_batch(prepared(*flags), stage, i)
         seen.append(str([(name, x.double().sum().item()) for name, x in batch.items()] + [seed]))
-
-    seen = []
-    for key in [("vae", 3), ("vae", 3), ("vae", 4), ("decode", 3), ("vae", 3, "--seed=1")]:
-        drawn(*key)
     assert seen[0] == seen[1] and len(set(seen)) == 4
     batches = train.Batches(prepared("--accumulate=2"), "vae", np.arange(99))
     for i, (batch, seed) in zip((2, 3, 4, 5), batches.read(1, 3), strict=True):
