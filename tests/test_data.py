@@ -198,34 +198,29 @@ def test_paint_by_pixels():
 
 def answers(question, objects):
     """All answers that are right, by going through the objects."""
-    nouns = {data.noun(o.shape, o.color) for o in objects}
+
+    def the(shape):
+        [only] = [o for o in objects if o.shape == shape]  # "the circle" must not be one of two
+        return only
+
+    shapes, nouns = Counter(o.shape for o in objects), {data.noun(*o[:2]) for o in objects}
     if match := re.fullmatch("is there (.+)[?]", question):
         return {"yes" if match[1] in nouns else "no"}
     if question == "how many objects are there?":
         return {data.NUMBERS[len(objects)]}
     if match := re.fullmatch("how many (.+)s are there[?]", question):
-        return {data.NUMBERS[sum(o.shape == match[1] for o in objects)]}
+        return {data.NUMBERS[shapes[match[1]]]}
     if match := re.fullmatch("what color is the (.+)[?]", question):
-        return {o.color for o in one(objects, match[1])}
+        return {the(match[1]).color}
     if match := re.fullmatch("what shape is the (.+) object[?]", question):
-        found = [o for o in objects if o.color == match[1]]
-        assert len(found) == 1
-        return {found[0].shape}
+        [only] = [o for o in objects if o.color == match[1]]
+        return {only.shape}
     if match := re.fullmatch("what is (.+) the (.+)[?]", question):
-        [b] = one(objects, match[2])
-        others = [a for a in objects if a != b and match[1] in data.relations(a, b)]
-        assert len(others) == 1
-        return {f"{others[0].color} {others[0].shape}"}
+        b = the(match[2])
+        [only] = [a for a in objects if a != b and match[1] in data.relations(a, b)]
+        return {f"{only.color} {only.shape}"}
     match = re.fullmatch("where is the (.+) relative to the (.+)[?]", question)
-    [a], [b] = one(objects, match[1]), one(objects, match[2])
-    return data.relations(a, b)
-
-
-def one(objects, shape):
-    """[the object of this shape]; "the circle" must not be one of two."""
-    found = [o for o in objects if o.shape == shape]
-    assert len(found) == 1
-    return found
+    return data.relations(the(match[1]), the(match[2]))
 
 
 def test_every_answer_is_the_only_right_one(scenes):
@@ -313,7 +308,7 @@ def test_damaged_and_foreign_folders_are_named(tmp_path):
 
 
 def test_flags():
-    """Some of sample.py's. Those of files are train.py's test."""
+    """Some of sample.py's. Files of flags are in README's commands, which are parsed too."""
     assert data.parse(sample.Settings, "", []) == sample.Settings() and sample.Settings().plan
     line = ["a b", "c", "--run", "y", "--count=7", "--guidance", "2", "--no-plan", "--ode"]
     wanted = {"run": "y", "count": 7, "guidance": 2.0, "plan": False, "ode": True}

@@ -178,10 +178,12 @@ def test_the_central_square(tmp_path):
     assert (two[:, 2:-2] == (10, 200, 30)).all()  # Pillow's filter looks beyond the crop
 
 
-def test_a_picture_is_upright():
+def test_a_picture_is_upright_and_in_rgb():
     image, exif = picture(), Image.Exif()
     exif[0x0112] = 6  # stored sideways, to be turned by 90 degrees to the right
     assert near(raw(image, exif=exif), np.rot90(np.asarray(image), -1))
+    image = Image.new("CMYK", (40, 40), (0, 255, 255, 0))
+    assert near(raw(image, "TIFF"), np.full((40, 40, 3), (255, 0, 0)))
 
 
 def test_what_is_transparent_is_white():
@@ -200,11 +202,6 @@ def test_what_is_transparent_is_white():
         assert near(raw(palette, kind, transparency=1), wanted)
     grey = Image.fromarray(np.where(alpha == 0, 7, 90).astype(np.uint8))
     assert near(raw(grey, transparency=7), np.where(alpha == 0, 255, 90)[..., None].repeat(3, 2))
-
-
-def test_cmyk_is_read():
-    image = Image.new("CMYK", (40, 40), (0, 255, 255, 0))
-    assert near(raw(image, "TIFF"), np.full((40, 40, 3), (255, 0, 0)))
 
 
 DEEP = [Image.fromarray(np.full((40, 40), 200, k)) for k in (np.uint16, np.int32, np.float32)]

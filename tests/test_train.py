@@ -575,17 +575,6 @@ def test_a_bad_flag_ends_in_one_line(capsys, micro_flags, tmp_path, flag):
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("name", ["photos", "cc3m"])
-def test_a_file_of_flags_is_its_flags(name):
-    """Later ones on the command line beat them."""
-    path = ROOT / f"notebooks/{name}.flags"
-    c = data.parse(train.Config, "", [f"@{path}", "--lr=7"])
-    for line in path.read_text().split():
-        flag, value = line.removeprefix("--").split("=")
-        assert flag == "lr" or getattr(c, flag) == type(getattr(c, flag))(value)
-    assert c.lr == 7 and c.data == f"data/{name}"
-
-
 # Of each stage, flags with another value that shows in its first two steps.
 ALIVE = {
     "clip": "clip_steps=3 clip_batch=2 tokens=16 channels=6 clip_width=64",
