@@ -56,7 +56,10 @@ def place_of(out):
     return ORDER.index(progress["stage"]), progress["step"]
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
+LONG = pytest.mark.skipif("not config.getoption('--long')", reason="needs --long")
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=LONG)])
 def test_kills_lose_nothing(micro_flags, uninterrupted, tmp_path, kills):
     """At times uniform over a whole run's. -s prints after which checkpoints they came."""
     weights, seconds = uninterrupted
