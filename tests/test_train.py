@@ -267,18 +267,11 @@ def test_a_dialogue_ends_with_the_caption_and_at_times_the_plan(prepared):
     assert 150 < planned < 250
 
 
-def layout(run, row):
-    """A sequence as results.md shows it: slots are counted, what carries loss is in brackets."""
-    names = {M.BOS: "<bos>", M.USER: "<user>", M.BOT: "<bot>", M.EOS: "<eos>"}
-    names |= {M.IMAGE: "<image>", M.QUERY: "<query>"}
-    ids, learn = (rows[0].tolist() for rows in run.sequences([row]))
-    text = ""
-    for i, learned in zip(ids, learn):
-        piece = names.get(i) or ("" if i == M.PAD else run.tokenizer.pieces[i].decode())
-        text += f"[{piece}]" if learned else piece
-    text = text.replace("][", "")
-    slots = re.compile("(<image>|<query>)+")
-    return slots.sub(lambda m: f"{m[1]} x {len(m[0]) // len(m[1])} ", text).strip()
+def layout(row):
+    """A row as results.md shows it: what carries loss is in brackets."""
+    shown = {"image": "<image> x 64 ", "user": "<user> {}", "bot": "<bot>[ {}<eos>]"}
+    shown["queries"] = "<query> x 16"
+    return "<bos>" + "".join(shown[role].format(text) for role, text in row)
 
 
 def test_the_layouts_of_all_tasks_are_those_of_the_results(prepared):
@@ -295,7 +288,7 @@ def test_the_layouts_of_all_tasks_are_those_of_the_results(prepared):
     with patch.object(train, "PLANNED", 0):
         rows += [train.prompt(run, 0, rng, 1), *(train.edit(run, 0, rng)[0] for _ in range(9))]
     shown = re.findall(r"^    (<bos>.*)", (ROOT / "notebooks/results.md").read_text(), re.M)
-    made = {layout(run, row) for row in rows}
+    made = {*map(layout, rows)}
     assert len(shown) == 8 and set(shown) <= made, made - set(shown)
 
 
@@ -472,14 +465,17 @@ def test_two_processes_share_one_gradient(micro_flags, tmp_path):
         assert_equal(zero, one)
         assert all(x.isfinite().all() for x in zero.values())
     run = train.Run(data.parse(train.Config, "", [*flags, "--out", str(tmp_path / "none")]))
+    seeds = set()  # of the noise; each has its own pictures too
     for rank in (0, 1):
         with patch.object(train, "WORLD", 2), patch.object(train, "RANK", rank):
             batch, seed = a_batch(run, "vae")
+        seeds.add(seed)
         generator = torch.Generator().manual_seed(seed)
         (train.vae_loss(run.model, generator, **batch).mean() / 2).backward()
     norm = torch.cat([p.grad.flatten() for p in run.model.vae.parameters()]).norm()
     _, _, logged, *_ = np.loadtxt(tmp_path / "vae.csv", delimiter=",")
-    assert len(batch["images"]) == 2 and logged == pytest.approx(norm.item(), rel=1e-4)
+    assert len(batch["images"]) == len(seeds) == 2
+    assert logged == pytest.approx(norm.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
