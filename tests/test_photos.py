@@ -49,9 +49,8 @@ def folder(path, files):
     return path
 
 
-def tar(path, files, mode="w"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as shard:
+def tar(path, files):
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as shard:
         for name, content in files.items() if isinstance(files, dict) else files:
             member = tarfile.TarInfo(name)
             member.size = len(content)
@@ -81,10 +80,7 @@ NAMES = ("0001", "Mr. Smith", "Mr. Jones", "v1.5 cat", "deep/er/0002")
 def test_names_may_have_dots_and_what_is_not_used_is_counted(tmp_path, kind):
     files = pairs(*NAMES) | {"alone.png": raw(picture()), "0001.seg.png": raw(picture())}
     files |= {"0001.json": b"{}", "._a.jpg": b"mac", "._a.txt": b"mac", ".DS_Store": b"mac"}
-    if kind == "folder":
-        source = folder(tmp_path / "f", files)
-    else:
-        source = tar(tmp_path / f"s.{kind}", files, "w:gz" if kind == "tar.gz" else "w")
+    source = folder(tmp_path, files) if kind == "folder" else tar(tmp_path / f"s.{kind}", files)
     captions = {key.lower(): f"a photo of {key.lower()}" for key in NAMES}
     assert read(source) == (captions, {NO_TEXT: 2, "not an image": 1})
 
@@ -93,37 +89,32 @@ def test_order_and_repetition_in_a_shard(tmp_path):
     files = pairs("a", "b", "c")
     apart = sorted(files.items(), key=lambda file: file[0].endswith("txt"))
     assert read(tar(tmp_path / "1.tar", apart)) == read(tar(tmp_path / "2.tar", files))
-    assert len(read(tar(tmp_path / "3.tar.gz", apart[::-1], "w:gz"))[0]) == 3
+    assert len(read(tar(tmp_path / "3.tar.gz", apart[::-1]))[0]) == 3
     twice = tar(tmp_path / "4.tar", [*files.items(), ("a.txt", b"a photo of z")])
     assert read(twice)[0].keys() == set("zbc")  # the later one holds
 
 
-@pytest.mark.parametrize("zipped", [False, True])
-def test_archives_after_each_other_are_read_on(tmp_path, zipped):
-    one = tar(tmp_path / "1.tar", pairs("a", "b")).read_bytes()
-    two = tar(tmp_path / "2.tar", pairs("c")).read_bytes()
-    path = tmp_path / ("both.tar.gz" if zipped else "both.tar")
-    path.write_bytes(gzip.compress(one) + gzip.compress(two) if zipped else one + two)
-    found, dropped = read(path)
+@pytest.mark.parametrize("kind", ["tar", "tar.gz"])
+def test_archives_after_each_other_are_read_on(tmp_path, kind):
+    parts = [tar(tmp_path / f"{keys}.{kind}", pairs(*keys)).read_bytes() for keys in ("ab", "c")]
+    (tmp_path / f"all.{kind}").write_bytes(b"".join(parts))
+    found, dropped = read(tmp_path / f"all.{kind}")
     assert set(found) == {"a", "b", "c"} and not dropped
 
 
 def test_a_shard_that_is_cut_is_counted_wherever_the_cut_is(tmp_path):
-    whole = tar(tmp_path / "s.tar", pairs(*"abcdef"))
-    content = whole.read_bytes()
+    content = tar(tmp_path / "s.tar", pairs(*"abcdef")).read_bytes()
     end = len(content.rstrip(b"\0"))
+    path, zipped = tmp_path / "cut.tar", gzip.compress(content)
     for cut in (700, end // 2, end // 2 // 512 * 512, end - 2000, (end - 1) // 512 * 512 + 512):
-        path = tmp_path / "cut.tar"
         path.write_bytes(content[:cut])
         dropped = Counter()
         samples = data.find_samples(path, dropped)
         assert dropped["damaged shard"] == 1 and len(samples) <= 6
         for _, *readers in samples:
             assert all(reader() is not None for reader in readers)
-    zipped = gzip.compress(content)
-    (tmp_path / "cut.tar.gz").write_bytes(zipped[: len(zipped) // 2])
-    assert read(tmp_path / "cut.tar.gz")[1]["damaged shard"] == 1
-    assert read(whole) == ({key: f"a photo of {key}" for key in "abcdef"}, {})
+    path.write_bytes(zipped[: len(zipped) // 2])
+    assert read(path)[1]["damaged shard"] == 1
 
 
 def test_each_path_is_itself_and_each_source_is_read_once(tmp_path, monkeypatch):
