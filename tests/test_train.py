@@ -451,8 +451,9 @@ train.main()
 
 
 def test_two_processes_share_one_gradient(micro_flags, tmp_path):
-    """They end with the same finite weights. Their gradient is the mean of both by hand."""
-    flags = [*micro_flags, *(f"--{stage}_steps=1" for stage in STAGES), "--clip_steps=0"]
+    """And each two parts. They end with the same finite weights. Their gradient is the mean."""
+    flags = [*micro_flags, *(f"--{stage}_steps=1" for stage in STAGES)]
+    flags += ["--clip_steps=0", "--accumulate=2"]
     (tmp_path / "two.py").write_text(TWO)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += [tmp_path / "two.py", *flags, "--out", tmp_path]
@@ -466,15 +467,15 @@ def test_two_processes_share_one_gradient(micro_flags, tmp_path):
         assert all(x.isfinite().all() for x in zero.values())
     run = train.Run(data.parse(train.Config, "", [*flags, "--out", str(tmp_path / "none")]))
     seeds = set()  # of the noise; each has its own pictures too
-    for rank in (0, 1):
+    for rank, part in np.ndindex(2, 2):
         with patch.object(train, "WORLD", 2), patch.object(train, "RANK", rank):
-            batch, seed = a_batch(run, "vae")
+            batch, seed = a_batch(run, "vae", part)
         seeds.add(seed)
         generator = torch.Generator().manual_seed(seed)
-        (train.vae_loss(run.model, generator, **batch).mean() / 2).backward()
+        (train.vae_loss(run.model, generator, **batch).mean() / 4).backward()
     norm = torch.cat([p.grad.flatten() for p in run.model.vae.parameters()]).norm()
     _, _, logged, *_ = np.loadtxt(tmp_path / "vae.csv", delimiter=",")
-    assert len(batch["images"]) == len(seeds) == 2
+    assert len(batch["images"]) == 1 and len(seeds) == 4
     assert logged == pytest.approx(norm.item(), rel=1e-4)
 
 
