@@ -89,8 +89,10 @@ def evaluate_edits(studio, seed, count, held=False, planned=True):
             table[f"{name}_plan"] = share(hits)
         images = se.in_batches(studio.draw, texts, seeds, plans, vectors)
         found = se.find_objects(images)
-        hits = [judge_edit(*row) for row in zip(start, end, texts, found)]
-        rows = {kind: share(h for k, h in zip(kinds, hits) if k == kind) for kind in set(kinds)}
+        judged = defaultdict(list)
+        for kind, *row in zip(kinds, start, end, texts, found):
+            judged[kind].append(judge_edit(*row))
+        rows = {kind: share(hits) for kind, hits in judged.items()}
         table[name] = rows | {"mean": float(np.mean(list(rows.values())))}
     return table
 
