@@ -115,13 +115,15 @@ def test_shipped_weights_are_the_run_in_half_precision(micro_run, tmp_path):
     assert all(torch.equal(x, half[name]) for name, x in theirs.net.state_dict().items())
 
 
-def test_prompts_and_questions_are_tidied(micro_run):
+def test_prompts_questions_and_instructions_are_tidied(micro_run):
     studio = studio_of(micro_run)
     assert np.array_equal(*(studio.draw([t], [0]) for t in ("A Red  circle.", "a red circle")))
     vectors, asked = torch.zeros(1, 64, 12), []
     studio.sequences = lambda rows: asked.append(rows) or sample.Studio.sequences(studio, rows)
     studio.answer(vectors, ["  Describe. "])
+    studio.draw(["Make it red. "], [0], None, vectors)
     assert asked[0] == [[("image", None), ("user", "describe"), ("bot", None)]]
+    assert asked[1] == [[("image", None), ("user", "make it red"), ("queries", None)]]
 
 
 @pytest.mark.parametrize("prompt", ["猫 \U0001f600", "a\x00b", "?" * 400])
@@ -232,7 +234,7 @@ def test_a_plan_is_printed_and_can_be_given(micro_run, tmp_path, capsys, monkeyp
 
 
 def test_plans_answers_and_edits_do_not_depend_on_their_batch(micro_run):
-    """Nor does chance: a plan has a seed of its own. An edit depends on its picture."""
+    """Nor does chance: a plan has a seed of its own. Answers and edits depend on the picture."""
     studio = studio_of(micro_run)
     for p in studio.net.backbone.parameters():  # else all say the same
         p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
@@ -245,6 +247,7 @@ def test_plans_answers_and_edits_do_not_depend_on_their_batch(micro_run):
         alone = studio.draw([prompt], [seed], plans[:1], vectors[i, None])
         assert np.abs(alone[0].astype(int) - edits[i]).max() <= 1
     assert planned != studio.plan(PROMPTS, [4, 5, 6]) and len(set(answers)) == 3
+    assert answers != studio.answer(-vectors, PROMPTS)
     assert not np.array_equal(edits, studio.draw(PROMPTS, seeds, plans))
 
 
