@@ -43,8 +43,7 @@ def judge_edit(before, after, instruction, found):
     if not relation:
         return math.dist(item[2:4], wanted[2:4]) <= SAME
     name = instruction.split(relation[0])[-1].removeprefix(" the ").strip()
-    anchors = [o for o in kept if name in ("it", o.shape, f"{o.color} {o.shape}")]
-    (anchor,) = anchors
+    (anchor,) = [o for o in kept if name in ("it", o.shape, f"{o.color} {o.shape}")]
     return relation[0] in data.relations(item, anchor)
 
 
@@ -90,8 +89,10 @@ def evaluate_edits(studio, seed, count, held=False, planned=True):
             table[f"{name}_plan"] = share(hits)
         images = se.in_batches(studio.draw, texts, seeds, plans, vectors)
         found = se.find_objects(images)
-        hits = [judge_edit(*row) for row in zip(start, end, texts, found)]
-        rows = {kind: share(h for k, h in zip(kinds, hits) if k == kind) for kind in set(kinds)}
+        judged = defaultdict(list)
+        for kind, *row in zip(kinds, start, end, texts, found):
+            judged[kind].append(judge_edit(*row))
+        rows = {kind: share(hits) for kind, hits in judged.items()}
         table[name] = rows | {"mean": float(np.mean(list(rows.values())))}
     return table
 
@@ -107,17 +108,13 @@ def dialogues():
         relation = list(data.RELATIONS)[i % 4]
         new_color = [c for c in data.COLORS if (shape, c) in data.SEEN and c != color][i % 4]
         one, two = (shape, color), (other, other_color)
-        ending = [
-            ("what color is the " + other + "?", other_color),
-            (f"make the {shape} {new_color}", ([(shape, new_color), two], None)),
-            (f"remove the {shape}", ([two], None)),
-        ][i % 3]
-        scripts.append([
-            (f"draw {data.noun(*one)}", ([one], None)),
-            ("how many objects are there?", "one"),
-            (f"add {data.noun(*two)} {relation} it", ([two, one], relation)),
-            ending,
-        ])  # fmt: skip
+        endings = [(f"what color is the {other}?", other_color)]
+        endings.append((f"make the {shape} {new_color}", ([(shape, new_color), two], None)))
+        endings.append((f"remove the {shape}", ([two], None)))
+        script = [(f"draw {data.noun(*one)}", ([one], None))]
+        script.append(("how many objects are there?", "one"))
+        script.append((f"add {data.noun(*two)} {relation} it", ([two, one], relation)))
+        scripts.append([*script, endings[i % 3]])
     return scripts
 
 
@@ -147,10 +144,9 @@ def mmd(a, b):
     squares = torch.cdist(rows, rows).square()
     kernel = (-squares / squares.median()).exp()
     n = len(a)
-    same = [
-        (k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (kernel[:n, :n], kernel[n:, n:])
-    ]
-    return float(sum(same) - 2 * kernel[:n, n:].mean())
+    parts = kernel[:n, :n], kernel[n:, n:]
+    same = sum((k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in parts)
+    return float(same - 2 * kernel[:n, n:].mean())
 
 
 def evaluate_round_trips(studio, seed, limit):
@@ -196,13 +192,10 @@ class Settings:
 
 def evaluate_abilities(studio, seed, edits):
     """All scores of a run, as a dictionary."""
-    scores = {}
-    for name, held in (("seen", False), ("heldout", True)):
-        scores[f"edits_{name}"] = evaluate_edits(studio, seed, edits, held)
-    scores["edits_unplanned"] = evaluate_edits(studio, seed, edits, planned=False)
+    kinds = {"seen": {}, "heldout": {"held": True}, "unplanned": {"planned": False}}
+    scores = {f"edits_{k}": evaluate_edits(studio, seed, edits, **how) for k, how in kinds.items()}
     scores["dialogues"] = evaluate_dialogues(studio)
-    scores["round_trips"] = evaluate_round_trips(studio, seed, TRIPS)
-    return scores
+    return scores | {"round_trips": evaluate_round_trips(studio, seed, TRIPS)}
 
 
 def main(arguments=None):

@@ -1,11 +1,11 @@
 """What our parts take, and what diffusers' and transformers' parts of equal shape take.
 
     python -m pip install -r requirements.txt -r tests/requirements-bench.txt
-    python tests/bench_peers.py --rows ae --sizes demo,middle --device cuda --precision bf16
+    python tests/bench_peers.py --rows ab --sizes demo,middle --device cuda
 
 Both sides run in this process, in turns and in changing order after a warm-up, eager, on random
-weights. A cell is the median of the rounds. The ratio is peer / ours, above 1 where ours is faster,
-with the quartiles of the rounds' own ratios. M is million parameters, ours / peer.
+weights, in fp32, on a card in bf16. A cell is the median of the rounds. The ratio is peer / ours,
+above 1 where ours is faster, with the quartiles of the rounds' ratios. M: millions, ours / peer.
 
 a  A training step of a DiT. Lumina-Next has our flow head's sublayers; it makes keys for each draw,
    we for each prompt. diffusers' DiT, which stands for SiT too, has our decoder's.
@@ -14,7 +14,7 @@ b  A training step of the causal transformer, and greedy writing with a cache. Q
 c  Prompt to vectors: Qwen2, Lumina-Next and FlowMatchEulerDiscreteScheduler are the peer. It guides
    in one batch, we in two passes.
 e  Ours is bare forward, backward and optimisers of stage tune; the peer is the loop of train.py on
-   the same batch, always before it. So the ratio is what the loop costs.
+   the same batch, with a line of its log for each. So the ratio is what the loop costs.
 """
 
 import itertools
@@ -33,7 +33,6 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -58,17 +57,17 @@ class Bench:
     """Where and how everything is measured: the fields are the flags, the comments their help."""
 
     device: Literal["cpu", "cuda"] = "cpu"  # where to run
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the matmuls
     rounds: int = 10  # of each measurement
     rows: str = "abce"  # which rows
     sizes: str = "demo,middle"  # which sizes, also micro
 
     def config(self, size, **changes):
-        machine = {"device": self.device, "precision": self.precision, "compile": "off"}
+        machine = {"device": self.device, "compile": "off"}
+        machine["precision"] = "bf16" if self.device == "cuda" else "fp32"
         return train.Config(**SIZES[size] | machine | changes)
 
     def autocast(self):
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
 
     def race(self, *sides):
         """Seconds (rounds, 2) of ours and the peer, in turns, every other round in reverse."""
@@ -95,17 +94,14 @@ class Bench:
         return self.race(*steps)
 
 
-def clock():
-    """Seconds; a card first ends what it was told to do."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def seconds(function):
-    begun = clock()
+def seconds(function=lambda: None):
+    """What the call takes; a card first ends what it was told to do."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    begun = time.perf_counter()
     function()
-    return clock() - begun
+    wait()
+    return time.perf_counter() - begun
 
 
 def table_row(name, times, remark):
@@ -252,45 +248,31 @@ def row_c(bench, size):
         yield f"c {count} prompts", times, f"trunk, head {sizes}"
 
 
-def step_times(config, between=lambda *seen: None):
-    """Runs train.py -> seconds (steps, 2) of its steps and of between(run, generator, batch), which
-    comes after each. One stage of config has steps, the others none. No checkpoint is written."""
-    times, seen, ready = [], [], train.Run.ready
-
-    class Watch(tqdm):
-        def __iter__(self):
-            for item in super().__iter__():
-                begun = clock()
-                yield item
-                if self.unit == "step":
-                    times.append((clock() - begun, seconds(lambda: between(*seen))))
-
-    def watched(run, item):
-        seen[:] = run, *ready(run, item)
-        return seen[1:]
-
-    Path(config.out).mkdir(exist_ok=True)
-    with patch.object(train, "tqdm", Watch), patch.object(train.Run, "save"):
-        with patch.object(train.Run, "ready", watched):
-            train.train(config)
-    return np.array(times)
-
-
 def row_e(bench, size):
-    optimizers = []
+    times, begun, optimizers, write_log = [], [0], [], train.Run.log
 
-    def bare(run, generator, batch):
+    def bare(run):
+        """Seconds of the step that the loop has just taken, without the loop."""
         if not optimizers:
             learned = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
             optimizers.extend(train.make_optimizers(run.config, learned, run.dtype))
-        bench.step(partial(run.model, train.STAGES["tune"].loss, generator, batch), *optimizers)
+        batch = run.ready(train.Batches(run, "tune", run.data.train_ids)[len(times)])
+        loss = partial(run.model, train.STAGES["tune"].loss, *batch)
+        return seconds(partial(bench.step, loss, *optimizers))
+
+    def log(run, *where, **what):  # comes last in a step
+        write_log(run, *where, **what)
+        seconds()  # a card ends the step
+        loop = time.perf_counter() - begun[0]
+        times.append((bare(run), loop))
+        begun[0] = time.perf_counter()
 
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-        places = {"data": f"{folder}/set", "out": f"{folder}/run"}
-        D.Shapes(out=places["data"], count=1000).prepare()
-        steps = NO_STEPS | {"tune_steps": bench.rounds + 2}
-        times = step_times(bench.config(size, **places, **steps), bare)
-    yield "e loop over bare step", times[2:, ::-1], "bare, loop"
+        D.Shapes(out=f"{folder}/set", count=1000).prepare()
+        steps = NO_STEPS | {"tune_steps": bench.rounds + 2, "save_every": 1}
+        with patch.object(train.Run, "save"), patch.object(train.Run, "log", log):
+            train.train(bench.config(size, data=f"{folder}/set", out=folder, **steps))
+    yield "e loop over bare step", np.array(times[2:]), "bare, loop"
 
 
 ROWS = {"a": row_a, "b": row_b, "c": row_c, "e": row_e}

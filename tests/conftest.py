@@ -22,18 +22,7 @@ SIZES |= {"vae_width": 16, "save_every": 4, "device": "cpu", "precision": "fp32"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="run the tests marked long too")
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "long: takes minutes, runs only with --long")
-
-
-def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--long"):
-        for item in items:
-            if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="needs --long"))
+    parser.addoption("--long", action="store_true", help="run what takes minutes too")
 
 
 @pytest.fixture(scope="session")

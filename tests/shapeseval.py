@@ -253,12 +253,11 @@ def parse_plan(text):
     """A plan as Objects without size: x, y = centres of cells. [] where it is no plan."""
     if not data.PLAN.fullmatch(text):
         return []
-    rows = [line.split() for line in text.split("; ")]
-    middles = [(data.COLUMNS.index(cell[0]) + 0.5, int(cell[1]) - 0.5) for _, _, cell in rows]
-    return [
-        data.Object(shape, color, x * CELL, y * CELL, 0, 0)
-        for (color, shape, _), (x, y) in zip(rows, middles)
-    ]
+    objects = []
+    for color, shape, cell in (line.split() for line in text.split("; ")):
+        x, y = data.COLUMNS.index(cell[0]) + 0.5, int(cell[1]) - 0.5
+        objects.append(data.Object(shape, color, x * CELL, y * CELL, 0, 0))
+    return objects
 
 
 def take_nearest(wanted, found, reach):

@@ -60,17 +60,10 @@ def test_real_edits_are_judged_right_and_their_beginnings_wrong():
     assert np.mean([bool(pairs) for pairs in held]) > 0.5
 
 
-def test_ten_dialogues_of_four_turns():
-    """With pairs of training only. The answer to a picture is what the checker finds in it."""
-    scripts = abilities.dialogues()
-    assert [len(script) for script in scripts] == [4] * 10
-    for script in scripts:
-        for _, wanted in script:
-            assert isinstance(wanted, str) or not data.HELD_OUT & set(wanted[0])
-
-
 @pytest.mark.parametrize("broken", [None, "answer", "picture"])
 def test_a_dialogue_counts_if_every_turn_is_right(monkeypatch, broken):
+    """There are ten of four turns, with pairs of training only."""
+
     class Perfect:
         """Says and draws what the script wants, but for one turn of each dialogue."""
 
@@ -82,11 +75,13 @@ def test_a_dialogue_counts_if_every_turn_is_right(monkeypatch, broken):
             assert turn == text
             if isinstance(wanted, str):
                 return ("many" if broken == "answer" else wanted), None
+            assert not data.HELD_OUT & set(wanted[0])
             pairs = wanted[0][: 1 if broken == "picture" else None]
             objects = data.place(pairs, rng, wanted[1] if len(pairs) > 1 else None)
             return "plan", data.paint(objects, rng)
 
-    scripts, rng = iter(abilities.dialogues()), np.random.default_rng(0)
+    rng, scripts = np.random.default_rng(0), iter(abilities.dialogues())
+    assert [len(script) for script in abilities.dialogues()] == [4] * 10
     monkeypatch.setattr(abilities, "Chat", Perfect)
     scores = abilities.evaluate_dialogues(None)
     assert scores["dialogues_right"] == (0 if broken else 10) and scores["dialogues"] == 10

@@ -1,8 +1,7 @@
-"""The benchmarks in their smallest form: that they run, not how fast."""
+"""The benchmark in its smallest form: that it runs, not how fast."""
 
 import re
 
-import bench_cc3m
 import bench_peers
 import numpy as np
 import pytest
@@ -24,14 +23,3 @@ def test_a_row_is_medians_and_their_ratio():
     """Ours takes 2 ms in two rounds of three, the peer 3: the peer's is 1.5 times as much."""
     times = np.array([[0.002, 0.003], [0.002, 0.003], [0.004, 0.003]])
     assert bench_peers.table_row("x", times, "r") == "| x | 2.0 | 3.0 | 1.50 (1.12-1.50) | r |"
-
-
-def test_cc3m(tmp_path, capsys):
-    """Every stage of the flags has a row."""
-    flags = tmp_path / "micro.flags"
-    flags.write_text("\n".join(f"--{name}={value}" for name, value in bench_peers.MICRO.items()))
-    arguments = ["--device", "cpu", "--steps", "2", "--count", "8", "--flags", str(flags)]
-    bench_cc3m.main(arguments)
-    printed = capsys.readouterr().out
-    rows = re.findall(r"^\| (\w+) \| \d+\.\d\d GiB \| \d+\.\d \|$", printed, re.M)
-    assert rows == ["vae", "decode", "understand", "generate"]

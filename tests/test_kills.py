@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_train import assert_equal, weights_of
 
 import train
 
 CONTEXT = multiprocessing.get_context("forkserver")
-ORDER = ["clip", "vae", "cache", "decode", "understand", "generate", "tune", "done"]
+ORDER = "clip vae cache decode understand generate tune done".split()
 
 
 def work(flags):
@@ -45,7 +46,7 @@ def uninterrupted(micro_flags, tmp_path_factory):
     out, begun = tmp_path_factory.mktemp("whole"), time.monotonic()
     assert start([*micro_flags, "--out", str(out)])
     seconds = time.monotonic() - begun
-    return train.load_checkpoint(out / "checkpoint.pt")["model"], seconds
+    return weights_of(out), seconds
 
 
 def place_of(out):
@@ -55,40 +56,27 @@ def place_of(out):
     return ORDER.index(progress["stage"]), progress["step"]
 
 
-def survive(flags, uninterrupted, tmp_path, kills):
-    """Kills that often, at times uniform over a whole run's -> the places."""
+LONG = pytest.mark.skipif("not config.getoption('--long')", reason="needs --long")
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=LONG)])
+def test_kills_lose_nothing(micro_flags, uninterrupted, tmp_path, kills):
+    """At times uniform over a whole run's. -s prints after which checkpoints they came."""
     weights, seconds = uninterrupted
     rng, places, run = np.random.default_rng(), [], 0
+    flags = [*micro_flags, "--save_every=1"]
     while len(places) < kills:
         out = tmp_path / f"run{run}"
         before = place_of(out)
         ended = start([*flags, "--out", str(out)], rng.uniform(0, seconds))
         assert place_of(out) >= before
         if ended:
-            assert_same(out, weights)
+            assert_equal(weights_of(out), weights)
             run += 1
         else:
             places.append(place_of(out))
     assert start([*flags, "--out", str(out)])
-    assert_same(out, weights)
-    return places
-
-
-def assert_same(out, weights):
-    made = train.load_checkpoint(out / "checkpoint.pt")["model"]
-    assert made.keys() == weights.keys()
-    assert all(torch.equal(made[name], weights[name]) for name in weights)
-    assert not list(out.glob("*.tmp"))
-
-
-def test_two_kills_lose_nothing(micro_flags, uninterrupted, tmp_path):
-    survive(micro_flags, uninterrupted, tmp_path, 2)
-
-
-@pytest.mark.long
-def test_twenty_kills_lose_nothing(micro_flags, uninterrupted, tmp_path, capsys):
-    """Prints after which checkpoints they came."""
-    places = survive([*micro_flags, "--save_every=1"], uninterrupted, tmp_path, 20)
-    with capsys.disabled():
-        print("\nkilled after", *(f"{ORDER[stage]}:{step}" for stage, step in places))
-    assert len(set(places)) > 4
+    assert_equal(weights_of(out), weights)
+    assert not list(tmp_path.glob("*/*.tmp"))
+    print("killed after", *(f"{ORDER[stage]}:{step}" for stage, step in places))
+    assert len(set(places)) > 4 * (kills == 20)

@@ -209,14 +209,6 @@ def test_patches_and_their_positions_by_hand():
     close(made.view(4, 4, 3), wanted)
 
 
-def test_sizes_that_do_not_fit_are_refused():
-    for name, changes in (("12", {"shape": (12, 3), "patch": 1}), ("9", {"shape": (9, 3)})):
-        with pytest.raises(ValueError, match=f"{name} vectors"):
-            make_dit(**changes)
-    with pytest.raises(ValueError, match="40"):
-        make_dit(width=40)
-
-
 def test_a_grid_grows_by_repeating_and_shrinks_by_averaging():
     square = torch.randn(2, 3, 4, 4)
     grid = square.flatten(2).mT
@@ -273,11 +265,6 @@ def test_flow_loss_by_hand(predicts, recalls):
     losses = M.flow_loss(net, data, cond, generator(), shift=2.0)
     close(losses, (v - (data - noise)).square().mean((1, 2)), rtol=1e-3)
     assert [len(call.args[2]) for call in net.call_args_list] == ([2, 3] if recalls else [3])
-
-
-def test_a_net_that_says_nothing_has_loss_2_on_gaussian_data():
-    data, silent = torch.randn(50_000, 4, 1), toy(lambda x, *_: 0 * x)
-    assert abs(M.flow_loss(silent, data, data, generator()).mean() - 2.0) < 0.03
 
 
 def test_a_tenth_of_the_conditions_become_zeros():
@@ -522,12 +509,8 @@ def test_sampled_writing_follows_the_distribution():
 def test_a_source_takes_the_place_of_the_guess():
     """In the loss for the last rows, of which none gets a guess of its own; in each step."""
     net = lively(make_dit(self_conditioning=True))
-    x, t, cond, source = (
-        torch.randn(8, 16, 6),
-        torch.rand(8),
-        torch.randn(4, 3, 5),
-        torch.ones(4, 16, 6),
-    )
+    x, t = torch.randn(8, 16, 6), torch.rand(8)
+    cond, source = torch.randn(4, 3, 5), torch.ones(4, 16, 6)
     guess = M.first_guess(net, x, t, cond, source)
     assert torch.equal(guess[4:], source) and not guess[2:4].any()
     close(guess[:2], M.first_guess(net, x[:4], t[:4], cond[:2])[:2])

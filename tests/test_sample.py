@@ -35,10 +35,12 @@ def studio_of(run, **changes):
 
 @pytest.fixture(scope="module")
 def designs(micro_flags, tmp_path_factory):
-    """Finished runs of the other two designs, by the value of their flag."""
+    """Finished runs of the other designs."""
     out, steps = tmp_path_factory.mktemp("designs"), [f"--{stage}_steps=2" for stage in STAGES]
-    for flag, value in (("target", "vae"), ("objective", "mse")):
-        train.main([*micro_flags, *steps, f"--{flag}={value}", "--out", str(out / value)])
+    flags = {"vae": "--target=vae", "mse": "--objective=mse"}
+    flags["v"] = "--predicts=v --no-self_conditioning --joint"
+    for name, line in flags.items():
+        train.main([*micro_flags, *steps, *line.split(), "--out", str(out / name)])
     return out
 
 
@@ -71,7 +73,7 @@ def test_prompts_become_a_labelled_grid(micro_run, tmp_path, capsys):
     assert all(label.min() < 100 for label in labels) and not np.array_equal(*labels)
 
 
-@pytest.mark.parametrize("run", ["micro", "vae", "mse"])
+@pytest.mark.parametrize("run", ["micro", "vae", "mse", "v"])
 def test_no_picture_depends_on_its_batch(request, designs, run):
     """Three prompts of different lengths are three singles; the same call gives the same bytes."""
     path = request.getfixturevalue("micro_run") if run == "micro" else designs / run
@@ -113,13 +115,15 @@ def test_shipped_weights_are_the_run_in_half_precision(micro_run, tmp_path):
     assert all(torch.equal(x, half[name]) for name, x in theirs.net.state_dict().items())
 
 
-def test_prompts_and_questions_are_tidied(micro_run):
+def test_prompts_questions_and_instructions_are_tidied(micro_run):
     studio = studio_of(micro_run)
     assert np.array_equal(*(studio.draw([t], [0]) for t in ("A Red  circle.", "a red circle")))
     vectors, asked = torch.zeros(1, 64, 12), []
     studio.sequences = lambda rows: asked.append(rows) or sample.Studio.sequences(studio, rows)
     studio.answer(vectors, ["  Describe. "])
+    studio.draw(["Make it red. "], [0], None, vectors)
     assert asked[0] == [[("image", None), ("user", "describe"), ("bot", None)]]
+    assert asked[1] == [[("image", None), ("user", "make it red"), ("queries", None)]]
 
 
 @pytest.mark.parametrize("prompt", ["猫 \U0001f600", "a\x00b", "?" * 400])
@@ -128,13 +132,7 @@ def test_any_prompt_is_drawn_and_labelled(micro_run, tmp_path, prompt):
     assert draw(micro_run, tmp_path / "x.png", prompt, "--count=1").shape == (154, 424, 3)
 
 
-def test_a_regression_takes_one_step_and_latents_need_no_decoder(designs):
-    """The regression ignores the head's noise."""
-    studio, calls = studio_of(designs / "mse", steps=9, guidance=3.0), []
-    studio.net.head.register_forward_hook(lambda *_: calls.append(1))
-    rows = [[("user", text)] for text in PROMPTS]
-    vectors = studio.imagine(rows, [1, 2, 3])
-    assert len(calls) == 1 and torch.equal(vectors, studio.imagine(rows, [4, 5, 6]))
+def test_latents_need_no_decoder(designs):
     studio = studio_of(designs / "vae")
     studio.net.decoder = None
     assert studio.draw(PROMPTS, [0, 1, 2]).shape == (3, 64, 64, 3)
@@ -197,26 +195,11 @@ def test_a_tower_is_opened_where_a_picture_is_read(micro_flags, tmp_path, pictur
 
 def test_captions_and_answers_are_printed(micro_run, picture, capsys, monkeypatch):
     """Without a question, the caption."""
-    answer = sample.Studio.answer
-
-    def told(*a):
-        return [f"{a[2]} {len(text)}" for text in answer(*a)]
-
-    monkeypatch.setattr(sample.Studio, "answer", told)
+    tell = lambda studio, vectors, questions: [f"{questions} {len(vectors)}"]  # noqa: E731
+    monkeypatch.setattr(sample.Studio, "answer", tell)
     for flags, asked in (([], "describe"), (["--ask", "how many?"], "how many?")):
         sample.main(["--run", str(micro_run), "--image", str(picture), *flags])
-        _, line = capsys.readouterr().out.splitlines()
-        assert line.startswith(f"['{asked}'] ")
-
-
-def test_answers_do_not_depend_on_their_batch(micro_run):
-    studio = studio_of(micro_run)
-    for p in studio.net.backbone.parameters():  # else all say the same
-        p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-    vectors, questions = torch.randn(3, 64, 12), ["describe", "how many circles are there?", "a?"]
-    together = studio.answer(vectors, questions)
-    alone = [studio.answer(v[None], [q])[0] for v, q in zip(vectors, questions)]
-    assert together == alone and len(set(alone)) == 3
+        assert capsys.readouterr().out.splitlines()[1:] == [f"['{asked}'] 1"]
 
 
 def test_latents_are_not_edited(designs, picture, tmp_path, capsys):
@@ -234,41 +217,38 @@ def test_a_reconstruction_shows_the_picture_first(micro_run, picture, tmp_path):
     assert all(np.array_equal(tile(grid, 0, i), image) for i, image in enumerate(shown))
 
 
-def planner(monkeypatch, plans):
-    """The models say these plans, one after another, instead of their own."""
-    said = iter(plans)
-    monkeypatch.setattr(sample.Studio, "write", lambda self, rows, *_: [next(said) for _ in rows])
-
-
 def test_a_plan_is_printed_and_can_be_given(micro_run, tmp_path, capsys, monkeypatch):
     """What is printed draws the same picture again, from the plan that stands in it."""
     rows, imagine = [], sample.Studio.imagine
     watch = lambda self, r, *a: rows.append([row[-1] for row in r]) or imagine(self, r, *a)  # noqa: E731
     monkeypatch.setattr(sample.Studio, "imagine", watch)
-    planner(monkeypatch, ["red circle c4", "red circle f2"])
+    plans = ["red circle c4", "red circle f2"]
+    monkeypatch.setattr(sample.Studio, "write", lambda *_: plans)
     grid = draw(micro_run, tmp_path / "x.png", "a circle", "--count=2")
     lines = capsys.readouterr().out.splitlines()[1:3]
-    assert lines == ["a circle | red circle c4", "a circle | red circle f2"]
+    assert lines == [f"a circle | {plan}" for plan in plans]
     again = draw(micro_run, tmp_path / "x.png", lines[0], "--count=2")
     assert np.array_equal(tile(grid, 0, 0), tile(again, 0, 0))
-    first, second = ("bot", "red circle c4"), ("bot", "red circle f2")
+    first, second = (("bot", plan) for plan in plans)
     assert rows == [[first, second], [first, first]]
 
 
-def test_plans_and_edits_do_not_depend_on_their_batch(micro_run):
-    """Nor does chance: a plan has a seed of its own. An edit depends on its picture."""
+def test_plans_answers_and_edits_do_not_depend_on_their_batch(micro_run):
+    """Nor does chance: a plan has a seed of its own. Answers and edits depend on the picture."""
     studio = studio_of(micro_run)
     for p in studio.net.backbone.parameters():  # else all say the same
         p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-    together = studio.plan(PROMPTS, [1, 2, 3])
-    assert together == [studio.plan([t], [s])[0] for t, s in zip(PROMPTS, (1, 2, 3))]
-    assert together != studio.plan(PROMPTS, [4, 5, 6])
-    vectors = torch.randn(3, 64, 12)
-    edits = studio.draw(PROMPTS, [1, 2, 3], ["a b c1"] * 3, vectors)
-    for i in range(3):
-        alone = studio.draw(PROMPTS[i : i + 1], [i + 1], ["a b c1"], vectors[i : i + 1])
+    vectors, plans, seeds = torch.randn(3, 64, 12), ["a b c1"] * 3, (1, 2, 3)
+    planned, answers = studio.plan(PROMPTS, seeds), studio.answer(vectors, PROMPTS)
+    edits = studio.draw(PROMPTS, seeds, plans, vectors)
+    for i, (prompt, seed) in enumerate(zip(PROMPTS, seeds)):
+        assert studio.plan([prompt], [seed]) == [planned[i]]
+        assert studio.answer(vectors[i, None], [prompt]) == [answers[i]]
+        alone = studio.draw([prompt], [seed], plans[:1], vectors[i, None])
         assert np.abs(alone[0].astype(int) - edits[i]).max() <= 1
-    assert not np.array_equal(edits, studio.draw(PROMPTS, [1, 2, 3], ["a b c1"] * 3))
+    assert planned != studio.plan(PROMPTS, [4, 5, 6]) and len(set(answers)) == 3
+    assert answers != studio.answer(-vectors, PROMPTS)
+    assert not np.array_equal(edits, studio.draw(PROMPTS, seeds, plans))
 
 
 def test_an_instruction_edits_the_picture(micro_run, picture, tmp_path, capsys, monkeypatch):
@@ -304,11 +284,7 @@ def test_a_chat_draws_answers_and_edits_in_its_context(micro_run, monkeypatch, t
     assert [line for line in heard if line in said] == said
     (first, none), (second, some), (third, anew) = rows
     assert first == [("user", "a red circle"), ("bot", said[0])] and none is None
-    answers = [
-        (role, text)
-        for turn in zip(turns[1:], said[1:])
-        for role, text in zip(("user", "bot"), turn)
-    ]
+    answers = [turn for pair in zip(turns[1:], said[1:]) for turn in zip(("user", "bot"), pair)]
     assert second == [("image", None), *answers] and some.shape == (1, 64, 12)
     assert third == [("user", "a blue circle"), ("bot", said[4])] and anew is None
 
@@ -324,9 +300,9 @@ def test_a_chat_can_begin_with_a_picture(micro_run, picture, monkeypatch):
 
 @pytest.mark.parametrize("words", [[], [""], ["a circle", " . "]])
 def test_nothing_to_do_and_empty_prompts_are_refused(micro_run, tmp_path, capsys, words):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="2"):
         draw(micro_run, tmp_path / "x.png", *words)
-    assert stop.value.code == 2 and "expected" in capsys.readouterr().err
+    assert "expected" in capsys.readouterr().err
 
 
 BAD = "--steps=0 --count=0 --decoder_steps=-1 --guidance=many --stepz=3 --run=HERE/none --run=HERE"
@@ -350,15 +326,7 @@ def test_what_a_user_gets_wrong_ends_in_one_line(micro_run, tmp_path, capsys, fl
 ALIVE = "seed=1 count=1 steps=3 guidance=9 ode decoder_steps=3 decoder_guidance=9"
 ALIVE = {flag.split("=")[0]: f"--{flag}" for flag in ALIVE.split()}
 ALIVE["prompts"] = "a square"
-ELSEWHERE = {
-    "run",
-    "out",
-    "image",
-    "ask",
-    "reconstruct",
-    "chat",
-    "plan",
-}  # shown by the tests above
+ELSEWHERE = "run out image ask reconstruct chat plan".split()  # shown by the tests above
 SHOWN = [f.name for f in fields(sample.Settings) if f.name not in ELSEWHERE]
 
 

@@ -59,32 +59,24 @@ def test_ceiling():
         assert S.share(hits) >= (0.995 if kind == "clean" else 0.98), kind
 
 
-def star(dx, dy, width):
-    """Signed distance of a five-pointed star, folded to half of one tip."""
-    outer, tenth = width / 1.902, np.pi / 5
-    dy = dy - 0.0955 * outer  # the tips' circle lies below the box's centre
-    angle = np.abs((np.arctan2(dx, -dy) + tenth) % (2 * tenth) - tenth)
-    across = np.hypot(dx, dy) * np.stack([np.cos(angle), np.sin(angle)])  # along the tip, beside it
-    notch = 0.382 * np.array([np.cos(tenth), np.sin(tenth)])
-    normal = np.array([notch[1], 1 - notch[0]]) / np.hypot(notch[1], 1 - notch[0])
-    return (across[0] - outer) * normal[0] + across[1] * normal[1]
+def dome(dx, dy, width):
+    """Signed distance of the upper half of a disc."""
+    return np.maximum(np.hypot(dx, dy - width / 4) - width / 2, dy - width / 4)
 
 
 def test_a_new_shape_needs_one_entry_of_the_table(monkeypatch):
     """Boxes are found to a quarter of a pixel, also of a shape that the checker has never met."""
-    monkeypatch.setitem(
-        data.SHAPES, "star", data.SHAPES["circle"]._replace(height=0.951, distance=star)
-    )
+    monkeypatch.setitem(data.SHAPES, "dome", data.Shape(0.5, dome))
     rng = np.random.default_rng(1)
-    pairs = [("star", "red"), ("triangle", "blue"), ("circle", "orange"), ("square", "green")]
+    pairs = [("dome", "red"), ("triangle", "blue"), ("circle", "orange"), ("square", "green")]
     for _ in range(20):
         placed = data.place(pairs, rng)
         found = S.find_objects(data.paint(placed, rng)[None])[0]
         for wanted, item in zip(sorted(placed), sorted(found)):
             assert wanted[:2] == item[:2]
             assert np.abs(np.subtract(wanted[2:], item[2:])).max() < 0.25
-    assert S.Prompt("two stars", "counting", (("star", None),) * 2) in S.eval_prompts()["seen"]
-    assert S.parse_caption("two stars, one red and one blue")["star", "red"] == 1
+    assert S.Prompt("two domes", "counting", (("dome", None),) * 2) in S.eval_prompts()["seen"]
+    assert S.parse_caption("two domes, one red and one blue")["dome", "red"] == 1
 
 
 def test_near_misses_are_refused():
@@ -157,20 +149,9 @@ def test_captions_are_parsed():
         assert S.parse_caption(text) == pairs, text
 
 
-def test_parser_reads_the_captions_of_the_world():
-    """Long captions name every object, and no caption names what is not there."""
-    rng, full = np.random.default_rng(3), 0
-    kinds = {"how many", "what color", "what shape", "is there", "what is", "where is"}
-    for _ in range(300):
-        objects, prompt = data.random_scene(rng)
-        texts = data.scene_texts(prompt, objects, rng)
-        named = S.parse_caption(texts["caption"])
-        full += named == Counter(o[:2] for o in objects)
-        assert all(any(S.fits(pair, o) for o in objects) for pair in named), texts["caption"]
-        assert {S.kind_of(question) for question, _ in texts["qa"]} <= kinds
-    assert full >= 240
+def test_long_prompts_never_change_nor_name_a_held_out_pair():
     prompts = S.long_prompts(60)
-    assert prompts == S.long_prompts(60)  # a fixed seed
+    assert prompts == S.long_prompts(60)
     assert all(set(prompt.objects) <= set(data.SEEN) for prompt in prompts)
 
 
