@@ -476,12 +476,14 @@ def open_picture(data, sides):
 def find_files(source, dropped):
     """[(name, size, function that reads it)] of each file of a folder or a tar."""
     if source.is_dir():
-        paths = [path for path in sorted(source.rglob("*")) if path.is_file()]
+        paths = sorted(source.rglob("*"))  # which enters no linked folder
+        dropped["linked folder"] += sum(path.is_symlink() and path.is_dir() for path in paths)
+        paths = [path for path in paths if path.is_file()]
         return [(path.relative_to(source), path.stat().st_size, path.read_bytes) for path in paths]
     files = []
     try:
         shard = tarfile.open(source, ignore_zeros=True)  # archives may follow each other
-        for member in filter(tarfile.TarInfo.isfile, shard):
+        for member in (m for m in shard if not m.isdir()):  # also links to its files
             files.append((Path(member.name), member.size, partial(read_member, shard, member)))
         shard.fileobj.seek(shard.offset - 512)
         dropped["damaged shard"] += any(shard.fileobj.read())  # it ends without a mark
@@ -531,6 +533,8 @@ def find_samples(source, dropped, captions=None):
     """
     files, samples = find_files(source, dropped), []
     texts = {f"{n.with_suffix('')}": file for n, *file in files if n.suffix.lower() == ".txt"}
+    names = {f"{n.with_suffix('')}" for n, *_ in files if n.suffix.lower() in ENDINGS}
+    dropped["a .txt without a picture"] += len(texts.keys() - names)
     texts = texts if captions is None else captions
     times = Counter(name.stem for name, *_ in files if name.suffix.lower() in ENDINGS)
     for name, size, read in files:

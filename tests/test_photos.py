@@ -100,6 +100,35 @@ def test_every_picture_that_is_not_used_is_counted(tmp_path, kind):
     assert set(found) == {"a", "b"} and dropped == {NO_TEXT: 2, "not an image": 1}
 
 
+def test_what_is_lost_beside_the_pictures_is_counted(tmp_path):
+    """Captions of formats that are not read, and folders that are linked."""
+    made = folder(tmp_path / "f", pairs("a", "b") | {"c.heic": b"x", "c.txt": b"x", "d.txt": b"x"})
+    (made / "more").symlink_to(folder(tmp_path / "elsewhere", pairs("e")))
+    (made / "f.jpg").symlink_to(tmp_path / "elsewhere" / "e.jpg")
+    (made / "f.txt").write_bytes(b"a photo of f")
+    found, dropped = read(made)
+    assert set(found) == set("abf")
+    assert dropped == {"a .txt without a picture": 2, "linked folder": 1}
+
+
+def test_links_in_a_shard_are_the_files_they_mean(tmp_path):
+    """Those that lead out of it are counted."""
+    path = tar(
+        tmp_path / "s.tar", pairs("a") | {"b.txt": b"hard", "c.txt": b"soft", "d.txt": b"out"}
+    )
+    with tarfile.open(path, "a") as shard:
+        for name, kind, target in (
+            ("b.jpg", "1", "a.jpg"),
+            ("c.jpg", "2", "a.jpg"),
+            ("d.jpg", "2", "/x"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind.encode(), target
+            shard.addfile(member)
+    found, dropped = read(path)
+    assert set(found) == {"a", "hard", "soft"} and dropped == {"not an image": 1}
+
+
 def test_order_and_repetition_in_a_shard(tmp_path):
     files = pairs("a", "b", "c")
     apart = sorted(files.items(), key=lambda file: file[0].endswith("txt"))
