@@ -5,6 +5,7 @@ captions, the frozen image towers of timm, and the prepared set on disk that all
     python data.py photos 'shards/*.tar' FOLDER --out data/photos --size 64 [--tower NAME]
 """
 
+import csv
 import glob
 import inspect
 import json
@@ -67,14 +68,17 @@ def parse(settings, about, arguments=None):
 
 @contextmanager
 def plain_errors(program):
-    """What a user can get wrong ends in one line and exit code 2. Ctrl-C ends in one and 130."""
+    """What a user can get wrong ends in one line and exit code 2. Ctrl-C ends in one and 130,
+    or in the code that the KeyboardInterrupt holds.
+    """
     try:
         yield
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
         ArgumentParser().exit(2, f"{program}: {said}\n")
-    except KeyboardInterrupt:
-        ArgumentParser().exit(130, f"{program}: interrupted; the same command continues\n")
+    except KeyboardInterrupt as stop:
+        said = f"{program}: interrupted; the same command continues\n"
+        ArgumentParser().exit(*stop.args or [130], said)
 
 
 def find_device(name):
@@ -437,6 +441,7 @@ def ask_hub():
 
 # EPS would start Ghostscript; AVIF is last because an old Pillow has none
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
 
 
 def open_picture(data, sides):
@@ -470,14 +475,15 @@ def open_picture(data, sides):
 def find_files(source, dropped):
     """[(name, size, function that reads it)] of each file of a folder or a tar."""
     if source.is_dir():
-        paths = [path for path in sorted(source.rglob("*")) if path.is_file()]
+        paths = sorted(source.rglob("*"))  # which enters no linked folder
+        dropped["linked folder"] += sum(path.is_symlink() and path.is_dir() for path in paths)
+        paths = [path for path in paths if path.is_file()]
         return [(path.relative_to(source), path.stat().st_size, path.read_bytes) for path in paths]
     files = []
     try:
         shard = tarfile.open(source, ignore_zeros=True)  # archives may follow each other
-        for member in filter(tarfile.TarInfo.isfile, shard):
-            read = partial(read_member, shard, member)
-            files.append((Path(member.name), member.size, read))
+        for member in (m for m in shard if not m.isdir()):  # also links to its files
+            files.append((Path(member.name), member.size, partial(read_member, shard, member)))
         shard.fileobj.seek(shard.offset - 512)
         dropped["damaged shard"] += any(shard.fileobj.read())  # it ends without a mark
     except Exception:  # tarfile raises nearly anything on broken headers
@@ -492,16 +498,48 @@ def read_member(shard, member):
     return b""
 
 
-def find_samples(source, dropped):
+def read_captions(path):
+    """{key: (caption in UTF-8, function that gives it)} of a file for --captions.
+
+    Keys are without the ending of a picture; the last row of a key holds. A caption is also found
+    by "**/" and the last part of its key, if no other row has that. ValueError if malformed.
+    """
+    captions, row = {}, None
+    tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        # where a row is too long, the rest of it takes the place of the key, and is none
+        rows = csv.DictReader(file, restkey="key", strict=True, **tabs)
+        lines = map(json.loads, filter(str.strip, file))
+        try:
+            for row in lines if path.suffix == ".jsonl" else rows:
+                key = Path(next(row[n] for n in ("key", "__key__", "file_name") if n in row))
+                text = next(row[n] for n in ("text", "caption") if n in row).encode()
+                key = key.with_suffix("") if key.suffix.lower() in ENDINGS else key
+                whole, last = f"{key}", f"**/{key.name}"
+                captions[whole] = text, text.strip
+                captions[last] = None if last in captions else captions[whole]
+        except Exception as error:
+            raise ValueError(f"{path}, near {row!r:.50}: want key and text: {error!r}") from error
+    return captions
+
+
+def find_samples(source, dropped, captions=None):
     """[(facts, function that reads the picture, function that reads its caption)] of a source.
 
-    A picture without a caption is there too, with an empty one. Facts tell what a source holds.
+    Captions are of the .txt beside, or of `read_captions`: by a picture's whole name, else by the
+    last part of it that no other picture has. Without one it is there too, with an empty caption.
+    Facts tell what a source holds.
     """
-    files, kinds, samples = find_files(source, dropped), Image.registered_extensions(), []
-    texts = {name.with_suffix(""): file for name, *file in files if name.suffix.lower() == ".txt"}
+    files, samples = find_files(source, dropped), []
+    texts = {f"{n.with_suffix('')}": file for n, *file in files if n.suffix.lower() == ".txt"}
+    names = {f"{n.with_suffix('')}" for n, *_ in files if n.suffix.lower() in ENDINGS}
+    dropped["a .txt without a picture"] += len(texts.keys() - names)
+    texts = texts if captions is None else captions
+    times = Counter(name.stem for name, *_ in files if name.suffix.lower() in ENDINGS)
     for name, size, read in files:
-        if kinds.get(name.suffix.lower()) in FORMATS:
-            length, caption = texts.get(name.with_suffix(""), (0, bytes))
+        if name.suffix.lower() in ENDINGS:
+            last = f"**/{name.stem}" if times[name.stem] == 1 else ""
+            length, caption = texts.get(f"{name.with_suffix('')}") or texts.get(last) or (0, bytes)
             samples.append((f"{name} {size} {length}", read, caption))
     return samples
 
@@ -615,6 +653,7 @@ class Photos:
     """Photos with captions, a source to a part; with a tower, its features too."""
 
     sources: tuple = ()  # tar shards, and folders of pictures with .txt beside; patterns too
+    captions: str = ""  # in place of .txt: .jsonl, .csv or .tsv (header): key or file_name, text
     out: str = "data/photos"  # folder to write
     size: int = 64  # px, square
     tower: str = ""  # timm model whose features are stored too, e.g. tf_efficientnet_lite0
@@ -625,25 +664,25 @@ class Photos:
     def prepare(self):
         """Opens the pictures -> PreparedSet."""
         parts, tower = {}, None
+        captions = read_captions(Path(self.captions)) if self.captions else None
         for pattern in self.sources:
             # a path that exists is itself, also with brackets in it
             found = [] if os.path.exists(pattern) else sorted(glob.glob(pattern))
             for path in found or [pattern]:
                 path = Path(path).resolve(strict=True)
                 # a part is known by what it holds: not by where and when that was written
-                facts = [facts for facts, *_ in find_samples(path, Counter())]
-                crc = zlib.crc32(f"{facts}".encode())
-                parts[f"part-{path.stem}-{crc:08x}.safetensors"] = path
+                facts = f"{[facts for facts, *_ in find_samples(path, Counter(), captions)]}"
+                parts[f"part-{path.stem}-{zlib.crc32(facts.encode()):08x}.safetensors"] = path
         settings = {"kind": "photos", "side": self.size, "channels": None, **asdict(self)}
         if self.tower:
             tower = open_tower(self.tower, self.tokens, self.weights).to(find_device(self.device))
             settings |= {"tag": tower.tag, "channels": tower.width}
-        return prepare(settings, parts, partial(self.read, tower))
+        return prepare(settings, parts, partial(self.read, tower, captions=captions))
 
-    def read(self, tower, source):
+    def read(self, tower, source, captions=None):
         """The texts, rows and dropped samples of one source."""
         texts, images, features, dropped = [], [], [], Counter()
-        samples = find_samples(source, dropped)
+        samples = find_samples(source, dropped, captions)
         sides = [self.size, tower.side] if tower else [self.size]
         with ThreadPoolExecutor() as pool:
             for i in tqdm(range(0, len(samples), 32), source.name, leave=False):
@@ -659,7 +698,7 @@ class Photos:
         if not texts:
             endings = dict(Counter(name.suffix for name, *_ in find_files(source, Counter())))
             found = f"no sample in {source}: {endings}, {+dropped}"
-            raise ValueError(f"{found}; expected pictures with captions in .txt beside them")
+            raise ValueError(f"{found}; expected pictures with captions in .txt or --captions")
         rows = {"images": torch.from_numpy(np.stack(images))}
         if tower:
             rows["features"] = torch.cat(features)
@@ -672,7 +711,7 @@ def open_sample(sides, picture, caption):
     """Bytes of a picture and of its caption -> (caption, picture at each side), or ValueError."""
     text = tidy(caption.decode("utf-8-sig", "replace"))
     if not text or "\ufffd" in text:
-        raise ValueError("no .txt with a caption in UTF-8")
+        raise ValueError("no caption in UTF-8, in .txt or --captions")
     return text, *open_picture(picture, sides)
 
 

@@ -12,6 +12,7 @@ import ctypes
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections import defaultdict, namedtuple
@@ -294,7 +295,7 @@ def train_stage(run, name):
         scaler.update()
         decay = min(c.ema, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)(list(averages.values()), list(learned.values()), step)
-        save = (step + 1) % c.save_every == 0
+        save = (step + 1) % c.save_every == 0 or run.stopped
         if save or step % 10 == 0 or step + 1 == steps:  # seldom: the device has to wait
             run.log(bar, name, step, loss=loss.item(), norm=norm.item(), rate=rate)
         if save:
@@ -440,8 +441,7 @@ def choose_machine(c):
     compiled = (c.compile == "on" or (c.compile == "auto" and pays)) and can_compile(device)
     # others emulate bf16; on a CPU that does not compile, copies eat up its gain
     cpu = device.type == "cpu" and compiled and torch.cpu._is_avx512_bf16_supported()
-    native = cpu or card >= (8, 0)
-    best = "bf16" if native else "fp16" if device.type == "cuda" else "fp32"
+    best = "bf16" if cpu or card >= (8, 0) else "fp16" if device.type == "cuda" else "fp32"
     precision = best if c.precision == "auto" else c.precision
     print(f"{device}, {precision}, compiled: {compiled}, {torch.get_num_threads()} threads")
     dtypes = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -485,6 +485,8 @@ def every_text(text):
 
 class Run:
     """What all stages share: settings, prepared set, tokenizer, model, and the one checkpoint."""
+
+    stopped = 0  # exit code of a run that a signal ends at its next checkpoint
 
     def __init__(self, c):
         self.config = c
@@ -532,7 +534,10 @@ class Run:
             raise ValueError(f"{self.path} was made with another set than {self.config.data}")
 
     def save(self, stage, step=0, averages=None, keepers=()):
-        """The one checkpoint of a run, whole or not at all: a kill leaves the one before."""
+        """The one checkpoint of a run, whole or not at all: a kill leaves the one before.
+
+        KeyboardInterrupt(exit code) after it if a signal has come, see `stop`.
+        """
         self.progress = {"stage": stage, "step": step, "averages": averages or {}}
         self.progress["states"] = [keeper.state_dict() for keeper in keepers]
         self.progress["seconds"] = self.seconds
@@ -541,6 +546,8 @@ class Run:
         state |= {"model": self.model.state_dict(), "progress": self.progress}
         if RANK == 0:
             D.write_whole(self.path, lambda temporary: torch.save(state, temporary))
+        if self.stopped and stage != "done":
+            raise KeyboardInterrupt(self.stopped)
 
     def log(self, bar, stage, step, loss, norm, rate):
         """Into the bar and STAGE.csv. Bad numbers end the run before they reach a checkpoint."""
@@ -602,6 +609,12 @@ def train(c):
     print(f"trained in {sum(run.seconds.values()):.0f} s: {run.path}")
 
 
+def stop(number, frame):
+    """Ctrl-C or SIGTERM: the run saves after the step and ends. The second one ends it at once."""
+    signal.signal(number, signal.SIG_DFL)
+    Run.stopped = 128 + number
+
+
 def main(arguments=None):
     if RANK > 0:  # one process speaks for all
         sys.stdout = open(os.devnull, "w")
@@ -612,4 +625,7 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    Run.stopped = 0
+    for number in (signal.SIGINT, signal.SIGTERM):  # the other processes end with the first
+        signal.signal(number, stop if RANK == 0 else signal.SIG_IGN)
     main()

@@ -1,7 +1,9 @@
 """Real pictures: shards and folders as people have them, odd files, towers, sets that grow."""
 
+import csv
 import gzip
 import io
+import json
 import re
 import shutil
 import tarfile
@@ -76,7 +78,7 @@ def prepare(out, *sources, **how):
 
 # --------------------------------------------------------------------------- shards and folders
 
-NO_TEXT = "no .txt with a caption in UTF-8"
+NO_TEXT = "no caption in UTF-8, in .txt or --captions"
 NAMES = ("0001", "Mr. Smith", "Mr. Jones", "v1.5 cat", "deep/er/0002")
 
 
@@ -87,6 +89,35 @@ def test_names_may_have_dots_and_what_is_not_used_is_counted(tmp_path, kind):
     source = folder(tmp_path, files) if kind == "folder" else tar(tmp_path / f"s.{kind}", files)
     captions = {key.lower(): f"a photo of {key.lower()}" for key in NAMES}
     assert read(source) == (captions, {NO_TEXT: 2, "not an image": 1})
+
+
+def test_what_is_lost_beside_the_pictures_is_counted(tmp_path):
+    """Captions of formats that are not read, and folders that are linked."""
+    made = folder(tmp_path / "f", pairs("a", "b") | {"c.heic": b"x", "c.txt": b"x", "d.txt": b"x"})
+    (made / "more").symlink_to(folder(tmp_path / "elsewhere", pairs("e")))
+    (made / "f.jpg").symlink_to(tmp_path / "elsewhere" / "e.jpg")
+    (made / "f.txt").write_bytes(b"a photo of f")
+    found, dropped = read(made)
+    assert set(found) == set("abf")
+    assert dropped == {"a .txt without a picture": 2, "linked folder": 1}
+
+
+def test_links_in_a_shard_are_the_files_they_mean(tmp_path):
+    """Those that lead out of it are counted."""
+    path = tar(
+        tmp_path / "s.tar", pairs("a") | {"b.txt": b"hard", "c.txt": b"soft", "d.txt": b"out"}
+    )
+    with tarfile.open(path, "a") as shard:
+        for name, kind, target in (
+            ("b.jpg", "1", "a.jpg"),
+            ("c.jpg", "2", "a.jpg"),
+            ("d.jpg", "2", "/x"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind.encode(), target
+            shard.addfile(member)
+    found, dropped = read(path)
+    assert set(found) == {"a", "hard", "soft"} and dropped == {"not an image": 1}
 
 
 def test_order_and_repetition_in_a_shard(tmp_path):
@@ -138,6 +169,116 @@ def test_an_empty_result_says_what_was_found(tmp_path, files):
     for ending in {Path(name).suffix for name in files}:
         assert f"'{ending}': " in str(error.value)
     assert "expected pictures with captions in .txt" in str(error.value)
+
+
+# ---------------------------------------------------------------------------- captions of their own
+
+
+def rows(path, made, names=("key", "text"), bom=""):
+    """A file for --captions with a row for each of {key: caption}."""
+    made = [dict(zip(names, row)) for row in made.items()]
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        file.write(bom)
+        if path.suffix == ".jsonl":
+            file.writelines(json.dumps(row) + "\n\n" for row in made)
+        elif path.suffix == ".tsv":
+            file.writelines("\t".join(row) + "\r\n" for row in (names, *(r.values() for r in made)))
+        else:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(made)
+    return path
+
+
+SAID = ('"a', "two, three", 'a "b" c\'', 'ends"', "größe\u2028x")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "tsv", "csv"])
+@pytest.mark.parametrize("source", ["folder", "tar"])
+def test_captions_of_a_file_take_the_place_of_txt(tmp_path, kind, source):
+    """What has no row of its own is dropped. Quotes, commas and a BOM are kept out of trouble."""
+    files = pairs(*NAMES)
+    made = folder(tmp_path / "f", files) if source == "folder" else tar(tmp_path / "s.tar", files)
+    wanted = dict(zip(NAMES, SAID))
+    for names in (("key", "text"), ("__key__", "caption"), ("file_name", "text")):
+        path = rows(tmp_path / f"c.{kind}", wanted | {"other": "x"}, names, "\ufeff")
+        out = prepare(tmp_path / names[0], made, size=8, captions=str(path))
+        texts = {text["caption"] for text in out.texts}
+        assert texts == {data.tidy(text) for text in SAID} and not out.dropped
+    few = rows(tmp_path / f"few.{kind}", {NAMES[0]: "this", NAMES[1]: "that", NAMES[2]: ""})
+    out = prepare(tmp_path / "few", made, size=8, captions=str(few))
+    assert {text["caption"] for text in out.texts} == {"this", "that"}
+    assert out.dropped == {NO_TEXT: 3}
+
+
+def captions_of(tmp_path, names, keys):
+    """{name: caption} of pictures without .txt, by rows with these keys and themselves as text."""
+    made = folder(tmp_path, {name: b"" for name in names})
+    path = rows(made / "c.jsonl", {key: key for key in keys}, ("file_name", "text"))
+    found = data.find_samples(made, Counter(), data.read_captions(path))
+    texts = [caption().decode() for _, _, caption in found]
+    return dict(zip(sorted(names), texts, strict=True))
+
+
+KEYS = ("a/1", "a/1.jpg", "1", "1.JPG", "./a/1.jpg", "b/a/1.png", "elsewhere/1.jpg")
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_is_with_or_without_ending_and_folder(tmp_path, key):
+    assert captions_of(tmp_path, ["a/1.JPG"], [key]) == {"a/1.JPG": key}
+    assert captions_of(tmp_path / "2", ["1.jpg"], [key]) == {"1.jpg": key}
+
+
+def test_a_key_that_could_mean_two_pictures_means_none(tmp_path):
+    """And the other way round. A whole path is always its own."""
+    assert captions_of(tmp_path, ["a/1.jpg", "b/1.jpg"], ["1"]) == {"a/1.jpg": "", "b/1.jpg": ""}
+    assert captions_of(tmp_path / "2", ["1.jpg"], ["a/1", "b/1"]) == {"1.jpg": ""}
+    names, keys = ["1.jpg", "a/1.jpg", "v1.5 cat.gif"], ["1.jpg", "a/1.jpg", "v1.5 cat"]
+    assert captions_of(tmp_path / "3", names, keys) == dict(zip(names, keys))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_an_imagefolder_has_its_captions_beside(tmp_path, kind):
+    made = folder(tmp_path / "f", {k: v for k, v in pairs("a", "b/c").items() if "jpg" in k})
+    path = made / f"metadata.{kind}"
+    rows(path, {"a.jpg": "the a", "b/c.jpg": "the\nc"}, ("file_name", "text"))
+    out = prepare(tmp_path / "o", made, size=8, captions=str(path))
+    assert [text["caption"] for text in out.texts] == ["the a", "the c"]
+
+
+def test_a_part_is_known_by_its_captions_too(tmp_path):
+    """Of its own pictures, wherever the file lies; others make another part."""
+    shard, out, said = tar(tmp_path / "1.tar", pairs("a", "b")), tmp_path / "o", []
+    for name, text in (("", ""), ("c.csv", "y"), ("d.csv", "y"), ("c.csv", "z"), ("", "")):
+        path = str(rows(tmp_path / name, {"a": "x", "b": text, name: text})) if name else ""
+        made = prepare(out, shard, size=8, captions=path)
+        said.append([text["caption"] for text in made.texts] + [len(list(out.glob("part*")))])
+    plain = ["a photo of a", "a photo of b"]
+    assert said == [[*plain, 1], ["x", "y", 2], ["x", "y", 2], ["x", "z", 3], [*plain, 3]]
+
+
+WRONG = {"a.csv": "key,text\na,one, two\n", "b.csv": "name,text\na,b\n", "c.csv": "key,text\na\n"}
+WRONG |= {
+    "d.csv": 'key,text\na,"open\nb,c\n',
+    "e.tsv": "a\tb\nc\td\n",
+    "f.tsv": "key\ttext\na\tb\tc\n",
+}
+WRONG |= {"g.jsonl": '{"key": "a", "text": "b"}\n{"key"', "h.jsonl": '{"key": "a", "text": null}'}
+WRONG |= {"i.jsonl": '["a"]', "j.jsonl": '{"key": 1, "text": "b"}', "k.json": '[\n{"key": "a"}]'}
+WRONG |= {"l.csv": "key,text\na,\xff\n"}
+
+
+@pytest.mark.parametrize("name", [*WRONG, "nowhere.csv"])
+def test_captions_that_are_malformed_end_in_one_line(tmp_path, capsys, name):
+    shard = tar(tmp_path / "1.tar", pairs("a", "b"))
+    if name in WRONG:
+        (tmp_path / name).write_text(WRONG[name], "latin-1")
+    flags = ["--captions", str(tmp_path / name), "--out", str(tmp_path / "o")]
+    with pytest.raises(SystemExit) as stop:
+        data.main(["photos", str(shard), *flags])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and name in said
+    assert name == "nowhere.csv" or "want key and text" in said
 
 
 # ------------------------------------------------------------------------------------- pictures

@@ -3,8 +3,11 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from unittest.mock import patch
@@ -496,6 +499,60 @@ def test_stopped_after_each_checkpoint_and_continued_is_uninterrupted(
         train.main([*flags, "--out", str(out)])
     assert not train_stage.called
     assert_equal(weights_of(out), weights_of(whole))
+
+
+@contextmanager
+def started(*command):
+    """A process with this one's threads; whatever happens, it ends."""
+    settings = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with subprocess.Popen([sys.executable, *command], env=settings, **how) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("number, code, parts", [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 2)])
+def test_a_signal_saves_after_the_step_and_the_run_continues(
+    micro_flags, tmp_path, number, code, parts
+):
+    """The end is one line. Continued, the weights are those of a run left in peace."""
+    flags = [*micro_flags, *(f"--{stage}_steps=0" for stage in STAGES), "--vae_steps=120"]
+    flags += [f"--accumulate={parts}", "--save_every=9999"]
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    with started("train.py", *flags, "--out", str(out)) as process:
+        while not (out / "vae.csv").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in said
+    assert said.splitlines()[-1] == "train.py: interrupted; the same command continues"
+    place = train.load_checkpoint(out / "checkpoint.pt")["progress"]
+    assert place["stage"] == "vae" and 0 < place["step"] <= 120
+    for folder in (out, whole):
+        train.main([*flags, "--out", str(folder)])
+    assert_equal(weights_of(out), weights_of(whole))
+
+
+# The step never ends.
+SLOW = """
+import runpy, time, torch
+torch.nn.utils.clip_grad_norm_ = lambda *_: print("slow", flush=True) or time.sleep(600)
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once(micro_flags, tmp_path):
+    with started("-c", SLOW, *micro_flags, "--out", str(tmp_path)) as process:
+        while process.stdout.readline() != "slow\n":
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(5) == -signal.SIGINT
 
 
 @pytest.fixture
