@@ -356,7 +356,12 @@ class Batches(Dataset):
         cuda = self.run.device.type == "cuda"
         how = {"num_workers": 4 * (cuda and sys.platform == "linux"), "pin_memory": cuda}
         order = range(first * parts, steps * parts)
-        return iter(DataLoader(self, batch_size=None, sampler=order, **how))
+        return iter(DataLoader(self, batch_size=None, sampler=order, worker_init_fn=deaf, **how))
+
+
+def deaf(worker):
+    """A process that reads goes on where all get SIGTERM: the first one still needs it to save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @torch.no_grad()
@@ -570,8 +575,8 @@ class Run:
 
     def log(self, bar, stage, step, loss, norm, rate):
         """Into the bar and STAGE.csv. Bad numbers end the run before they reach a checkpoint."""
-        finite = math.isfinite(loss) and (math.isfinite(norm) or self.dtype is torch.float16)
-        if not finite:  # with fp16 the scaler skips steps whose gradients overflow
+        # with fp16 the scaler skips steps whose gradients overflow
+        if not (math.isfinite(loss) and (math.isfinite(norm) or self.dtype is torch.float16)):
             raise ValueError(f"stage {stage}, step {step}: loss {loss}, norm {norm}: try less --lr")
         self.clock(stage)
         bar.set_postfix_str(f"loss {loss:.3f}, norm {norm:.2f}, rate {rate:.1e}")

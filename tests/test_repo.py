@@ -18,8 +18,8 @@ import train
 
 ROOT = Path(__file__).parents[1]
 FILES = ("model.py", "train.py", "data.py", "sample.py")
-CODE_LINES = 1693  # of the four files; the aim is 1,100
-PHYSICAL_LINES = 2489  # the aim is 1,650
+CODE_LINES = 1694  # of the four files; the aim is 1,100
+PHYSICAL_LINES = 2494  # the aim is 1,650
 TOKENS_A_LINE = 12.0
 LONGEST = 50  # lines of a function
 PACKAGES = "torch torchvision timm einops tqdm numpy PIL safetensors huggingface_hub filelock"
