@@ -337,7 +337,12 @@ class Batches(Dataset):
         cuda = self.run.device.type == "cuda"
         how = {"num_workers": 4 * (cuda and sys.platform == "linux"), "pin_memory": cuda}
         order = range(first * parts, steps * parts)
-        return iter(DataLoader(self, batch_size=None, sampler=order, **how))
+        return iter(DataLoader(self, batch_size=None, sampler=order, worker_init_fn=deaf, **how))
+
+
+def deaf(worker):
+    """A process that reads goes on where all get SIGTERM: the first one still needs it to save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @torch.no_grad()
@@ -551,8 +556,8 @@ class Run:
 
     def log(self, bar, stage, step, loss, norm, rate):
         """Into the bar and STAGE.csv. Bad numbers end the run before they reach a checkpoint."""
-        finite = math.isfinite(loss) and (math.isfinite(norm) or self.dtype is torch.float16)
-        if not finite:  # with fp16 the scaler skips steps whose gradients overflow
+        # with fp16 the scaler skips steps whose gradients overflow
+        if not (math.isfinite(loss) and (math.isfinite(norm) or self.dtype is torch.float16)):
             raise ValueError(f"stage {stage}, step {step}: loss {loss}, norm {norm}: try less --lr")
         self.clock(stage)
         bar.set_postfix_str(f"loss {loss:.3f}, norm {norm:.2f}, rate {rate:.1e}")
@@ -625,7 +630,6 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    Run.stopped = 0
     for number in (signal.SIGINT, signal.SIGTERM):  # the other processes end with the first
         signal.signal(number, stop if RANK == 0 else signal.SIG_IGN)
     main()

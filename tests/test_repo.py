@@ -19,7 +19,7 @@ import train
 ROOT = Path(__file__).parents[1]
 FILES = ("model.py", "train.py", "data.py", "sample.py")
 CODE_LINES = 1685  # of the four files; the aim is 1,100
-PHYSICAL_LINES = 2438  # the aim is 1,650
+PHYSICAL_LINES = 2442  # the aim is 1,650
 TOKENS_A_LINE = 12.0
 LONGEST = 50  # lines of a function
 PACKAGES = "torch torchvision timm einops tqdm numpy PIL safetensors huggingface_hub filelock"

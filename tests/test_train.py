@@ -6,8 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from unittest.mock import patch
@@ -501,58 +499,79 @@ def test_stopped_after_each_checkpoint_and_continued_is_uninterrupted(
     assert_equal(weights_of(out), weights_of(whole))
 
 
-@contextmanager
-def started(*command):
-    """A process with this one's threads; whatever happens, it ends."""
-    settings = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    with subprocess.Popen([sys.executable, *command], env=settings, **how) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+# The command, whose seventh step in stage vae sends a signal to it and to the processes that read
+# for it, or never ends.
+SIGNALLED = """
+import os, runpy, sys, time, timm, torch
+from torch.utils import data
+
+number, workers = int(sys.argv[1]), int(sys.argv[2])
+sys.argv[:3] = ["train.py"]
+clip, load, calls = torch.nn.utils.clip_grad_norm_, data.DataLoader, []
+
+def clip_grad_norm_(*arguments):
+    calls.append(arguments)
+    if len(calls) == 7 and number:
+        os.killpg(0, number)
+    if len(calls) == 7 and not number:
+        print("seven", flush=True)
+        time.sleep(600)
+    return clip(*arguments)
+
+def reading(*arguments, **how):
+    return load(*arguments, **how | {"num_workers": workers, "pin_memory": False})
+
+torch.nn.utils.clip_grad_norm_, data.DataLoader = clip_grad_norm_, reading
+runpy.run_path("train.py", run_name="__main__")
+"""
 
 
-@pytest.mark.parametrize("number, code, parts", [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 2)])
+@pytest.fixture
+def signalled(micro_flags):
+    """signalled(number, workers, flags ...) -> a process of that command, in a group of its own."""
+    started, how = [], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    how |= {"cwd": ROOT, "start_new_session": True}
+    how["env"] = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+    def start(*arguments):
+        command = [sys.executable, "-c", SIGNALLED, *map(str, arguments)]
+        started.append(subprocess.Popen(command, **how))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number, workers, code", [(2, 0, 130), (15, 2, 143)])
 def test_a_signal_saves_after_the_step_and_the_run_continues(
-    micro_flags, tmp_path, number, code, parts
+    micro_flags, tmp_path, signalled, number, workers, code
 ):
     """The end is one line. Continued, the weights are those of a run left in peace."""
-    flags = [*micro_flags, *(f"--{stage}_steps=0" for stage in STAGES), "--vae_steps=120"]
-    flags += [f"--accumulate={parts}", "--save_every=9999"]
+    flags = [*micro_flags, *(f"--{stage}_steps=0" for stage in STAGES), "--vae_steps=12"]
+    flags += [f"--accumulate={1 + workers}", "--save_every=99"]
     out, whole = tmp_path / "run", tmp_path / "whole"
-    with started("train.py", *flags, "--out", str(out)) as process:
-        while not (out / "vae.csv").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == code and "Traceback" not in said
+    process = signalled(number, workers, *flags, "--out", out)
+    _, said = process.communicate()
+    assert process.returncode == code and "Traceback" not in said, said
     assert said.splitlines()[-1] == "train.py: interrupted; the same command continues"
     place = train.load_checkpoint(out / "checkpoint.pt")["progress"]
-    assert place["stage"] == "vae" and 0 < place["step"] <= 120
+    assert (place["stage"], place["step"]) == ("vae", 7)
     for folder in (out, whole):
         train.main([*flags, "--out", str(folder)])
     assert_equal(weights_of(out), weights_of(whole))
 
 
-# The step never ends.
-SLOW = """
-import runpy, time, torch
-torch.nn.utils.clip_grad_norm_ = lambda *_: print("slow", flush=True) or time.sleep(600)
-runpy.run_path("train.py", run_name="__main__")
-"""
-
-
-def test_a_second_ctrl_c_ends_at_once(micro_flags, tmp_path):
-    with started("-c", SLOW, *micro_flags, "--out", str(tmp_path)) as process:
-        while process.stdout.readline() != "slow\n":
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(1)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(5) == -signal.SIGINT
+def test_a_second_ctrl_c_ends_at_once(micro_flags, tmp_path, signalled):
+    process = signalled(0, 0, *micro_flags, "--clip_steps=0", "--vae_steps=12", "--out", tmp_path)
+    while process.stdout.readline() != "seven\n":
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == -signal.SIGINT
 
 
 @pytest.fixture
