@@ -475,16 +475,17 @@ class Normalise(nn.Module):
         self.register_buffer("axes", torch.eye(inputs, channels) if inputs > channels else None)
 
     def fit(self, raw):
-        flat = raw.flatten(0, -2).double()  # (samples, inputs)
-        self.mean.copy_(flat.mean(0))
-        self.std.copy_(flat.std(0).clamp_min(1e-6))
+        flat = raw.flatten(0, -2).cpu().double()  # (samples, inputs); MPS has no double
+        mean, std = flat.mean(0), flat.std(0).clamp_min(1e-6)
         if self.axes is not None:
             inputs, channels = self.axes.shape
             # the pixels, which a tower's vectors end in, weigh as much as all its features
-            self.std[-PATCH_PIXELS:] *= math.sqrt(PATCH_PIXELS / (inputs - PATCH_PIXELS))
-            x = (flat - self.mean) / self.std
+            std[-PATCH_PIXELS:] *= math.sqrt(PATCH_PIXELS / (inputs - PATCH_PIXELS))
+            x = (flat - mean) / std
             variances, axes = torch.linalg.eigh(x.T @ x / len(x))  # in ascending order
-            self.axes.copy_((axes / variances.sqrt())[:, -channels:])
+            self.axes.copy_((axes / variances.clamp_min(1e-6).sqrt())[:, -channels:])
+        self.mean.copy_(mean)
+        self.std.copy_(std)
 
     def forward(self, raw):
         x = (raw - self.mean) / self.std
