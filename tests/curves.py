@@ -62,7 +62,7 @@ def draw_curve(axis, table, at):
     axis.semilogy(seconds, loss, "0.85", seconds[width - 1 :], smooth, "C0")
     axis.vlines(seconds[np.array(at) - 1], 1e-4, 1e4, "0.6", linewidth=0.5)
     axis.set_title(f"{table.stem}: loss\n{len(loss)} steps, {seconds[-1]:.0f} s", fontsize=9)
-    ticks = [digit * 10.0**power for power in range(-4, 4) for digit in (1, 2, 5)]
+    ticks = [digit * 10.0**power for power in range(-4, 4) for digit in (1, 2, 3, 5)]
     axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
     axis.set_ylim(0.9 * smooth.min(), 1.1 * smooth.max())
@@ -101,7 +101,7 @@ def main(arguments):
             T.main([*arguments, "--save_every=1"])
         path = Path(c.out, "curves.png")
         make_figure(c).savefig(path)
-        Image.open(path).quantize(128).save(path)  # half the bytes
+        Image.open(path).convert("RGB").quantize().save(path)  # half the bytes
 
 
 if __name__ == "__main__":
