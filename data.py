@@ -504,7 +504,7 @@ def read_captions(path):
     Keys are without the ending of a picture; the last row of a key holds. A caption is also found
     by "**/" and the last part of its key, if no other row has that. ValueError if malformed.
     """
-    captions, row = {}, None
+    captions, owners, row = {}, {}, None
     tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
     with open(path, encoding="utf-8-sig", newline="") as file:
         # where a row is too long, the rest of it takes the place of the key, and is none
@@ -517,7 +517,8 @@ def read_captions(path):
                 key = key.with_suffix("") if key.suffix.lower() in ENDINGS else key
                 whole, last = f"{key}", f"**/{key.name}"
                 captions[whole] = text, text.strip
-                captions[last] = None if last in captions else captions[whole]
+                own = owners.setdefault(last, whole) == whole
+                captions[last] = captions[whole] if own else None
         except Exception as error:
             raise ValueError(f"{path}, near {row!r:.50}: want key and text: {error!r}") from error
     return captions
@@ -558,7 +559,7 @@ def prepare(settings, sources, read):
     with lock(out):
         old = json.loads(note.read_text()) if note.exists() else settings
         # each of these makes it another set
-        for name in ("kind", "texts", "side", "count", "seed", "tag", "tokens"):
+        for name in ("kind", "texts", "side", "count", "seed", "tag", "tokens", "channels"):
             if old.get(name) != settings.get(name):
                 raise ValueError(f"{out} has another {name}, {old.get(name)}: delete it first")
         text = json.dumps(settings | {"parts": list(sources)}, indent=1)

@@ -357,11 +357,11 @@ def fill_cache(run):
         if RANK > 0:
             continue
         how = {"dtype": np.float16, "shape": (count, *shapes[name])}
-        array, start = np.lib.format.open_memmap(run.out / f"{name}.npy", "w+", **how), 0
+        array, start = np.lib.format.open_memmap(run.out / f"cache_{name}.npy", "w+", **how), 0
         for raw in tqdm(encoded(run, name, np.arange(count)), f"cache {name}", unit="batch"):
             made = normalise(raw).half().cpu()
             if not made.isfinite().all():
-                raise ValueError(f"stage cache: {name} is not finite in half precision: less --lr")
+                raise ValueError(f"stage cache: {name} is not finite in half precision")
             array[start : start + len(made)] = made.numpy()
             start += len(made)
     if WORLD > 1:
@@ -514,6 +514,8 @@ class Run:
         self.spare = [i for i in self.tokenizer.ids.values() if i not in plans]
         torch.manual_seed(c.seed)
         side, channels = self.data.facts["side"], self.data.facts["channels"]
+        if channels and self.data.facts["tokens"] != c.tokens:
+            raise ValueError(f"--tokens {c.tokens}: the set has {self.data.facts['tokens']}")
         self.model = M.BLIP3o(c, len(self.tokenizer), side, channels)
         own = self.model.state_dict()
         weights = state.get("model", own)
@@ -583,7 +585,7 @@ class Run:
 
     def cached(self, name, ids):
         """Normalised vectors ("clip") or latents ("vae") of pictures: (B, N, C)."""
-        array = np.load(self.out / f"{name}.npy", mmap_mode="r")
+        array = np.load(self.out / f"cache_{name}.npy", mmap_mode="r")
         return torch.from_numpy(array[ids]).float()
 
 
@@ -618,6 +620,7 @@ def stop(number, frame):
     """Ctrl-C or SIGTERM: the run saves after the step and ends. The second one ends it at once."""
     signal.signal(number, signal.SIG_DFL)
     Run.stopped = 128 + number
+    print("the run is saved after this step; again ends it at once")
 
 
 def main(arguments=None):

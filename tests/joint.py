@@ -5,7 +5,7 @@
         --decode_steps 0 --understand_steps 0 --out out/mix3
 
 --mix N puts N sequences of stage understand beside each prompt of the stages generate and tune.
-0 is `train.py --joint`. The backbone learns in all stages, always. All other flags are train.py's.
+0 is `train.py --joint`. The backbone learns in these stages too. All other flags are train.py's.
 """
 
 import sys
@@ -66,7 +66,7 @@ def mixed_stages(mix):
 def main(arguments=None):
     how = {"formatter_class": RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = ArgumentParser(description=__doc__, **how)
-    parser.add_argument("--mix", type=int, default=1, help="sequences for each prompt (default 1)")
+    parser.add_argument("--mix", type=int, required=True, help="sequences for each prompt")
     own, others = parser.parse_known_args(arguments)
     with data.plain_errors("joint.py"):
         train.STAGES = mixed_stages(own.mix)

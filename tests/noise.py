@@ -52,6 +52,7 @@ class Settings:
 def main(arguments=None):
     with data.plain_errors("noise.py"):
         s = data.parse(Settings, __doc__, arguments)
+        Path(s.out).parent.mkdir(parents=True, exist_ok=True)
         studio, panels = Studio(find_run(s.run)), {}
         for name, planned in (("at once", False), ("by a plan", True)):
             panels[name] = count(studio, range(s.seeds), planned)

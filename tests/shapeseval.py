@@ -440,8 +440,12 @@ def see_rows(studio, dataset, ids):
     """Normalised vectors (B, N, C) of rows of a set, from a tower's stored features if it has."""
     if studio.net.clip is not None:
         return in_batches(studio.see, dataset.rows("images", ids).numpy())
-    features = dataset.rows("features", ids).float().to(studio.device)
-    return studio.net.normalise["clip"](features)
+
+    def see(some):
+        features = dataset.rows("features", some).float().to(studio.device)
+        return studio.net.normalise["clip"](features)
+
+    return in_batches(see, ids)
 
 
 def evaluate_photos(studio, dataset, seed, limit=500):

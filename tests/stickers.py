@@ -1,4 +1,4 @@
-"""Scores a run on scenes of stickers by a judge of its own: are the right things drawn?
+"""Scores a run on scenes of stickers: are the right things drawn?
 
     python tests/stickers.py --run out/stickers --data data/stickers
 
@@ -114,10 +114,13 @@ class Settings:
 
 
 def evaluate(s):
+    se.Path(s.out).parent.mkdir(parents=True, exist_ok=True)
     dataset, studio = data.PreparedSet(s.data), Studio(find_run(s.run), Drawing(plan=False))
     judge = Judge(data.open_tower(s.tower, 64, s.weights), dataset)
     real = dataset.rows("images", dataset.val_ids).numpy()
     captions = [dataset.texts[i]["caption"] for i in dataset.val_ids]
+    if not all(LINKS.split(caption)[0].split(" ")[0] in NUMBERS for caption in captions):
+        raise ValueError(f"{s.data}: expected captions such as 'a bell' or 'two bats'")
     wanted = [things(caption, judge.known) for caption in captions]
     seeds = [s.seed * 1_000_000 + i for i in range(len(real))]
     pixels = M.to_pixels(torch.from_numpy(real)).to(studio.device)

@@ -233,6 +233,7 @@ def test_a_key_that_could_mean_two_pictures_means_none(tmp_path):
     """And the other way round. A whole path is always its own."""
     assert captions_of(tmp_path, ["a/1.jpg", "b/1.jpg"], ["1"]) == {"a/1.jpg": "", "b/1.jpg": ""}
     assert captions_of(tmp_path / "2", ["1.jpg"], ["a/1", "b/1"]) == {"1.jpg": ""}
+    assert captions_of(tmp_path / "4", ["a/1.jpg"], ["1", "1.jpg"]) == {"a/1.jpg": "1.jpg"}
     names, keys = ["1.jpg", "a/1.jpg", "v1.5 cat.gif"], ["1.jpg", "a/1.jpg", "v1.5 cat"]
     assert captions_of(tmp_path / "3", names, keys) == dict(zip(names, keys))
 
@@ -549,7 +550,7 @@ def test_without_the_hub_the_message_comes_soon(monkeypatch, tmp_path):
     assert time.monotonic() - begun < 10
 
 
-def test_photos_with_a_tower(tmp_path, towers, state):
+def test_photos_with_a_tower(tmp_path, towers, state, capsys):
     shard = tar(tmp_path / "s.tar", pairs(*(f"{i:02d}" for i in range(35))))
     save_file(state, tmp_path / "w.safetensors")
     how = {"tower": VIT, "tokens": 16, "weights": str(tmp_path / "w.safetensors"), "device": "cpu"}
@@ -565,11 +566,14 @@ def test_photos_with_a_tower(tmp_path, towers, state):
     flags = {**SIZES, "data": tmp_path / "o", "out": tmp_path / "r", "tokens": 16, "clip_steps": 0}
     flags |= {"channels": 5, "precision": "bf16", "understand_batch": 8}  # 16-bit on both sides
     train.main([f"--{name}={value}" for name, value in flags.items()])
+    with pytest.raises(SystemExit):
+        train.main([f"--{name}={value}" for name, value in (flags | {"tokens": 64}).items()])
+    assert "--tokens 64: the set has 16" in capsys.readouterr().err
     studio = sample.Studio(tmp_path / "r" / "checkpoint.pt")
     assert studio.net.head.shape == (16, 5)
     (tmp_path / "34.jpg").write_bytes(pairs("34")["34.jpg"])
     _, vectors = studio.open(tmp_path / "34.jpg")
-    cached = np.load(tmp_path / "r" / "clip.npy")
+    cached = np.load(tmp_path / "r" / "cache_clip.npy")
     close = partial(torch.testing.assert_close, atol=0.05, rtol=0.05)
     close(vectors[0], torch.from_numpy(cached[34]).float())  # sampling sees what training saw
     assert studio.draw(["a cat"], [0]).shape == (1, 24, 24, 3)
