@@ -566,8 +566,9 @@ def test_photos_with_a_tower(tmp_path, towers, state, capsys):
     flags = {**SIZES, "data": tmp_path / "o", "out": tmp_path / "r", "tokens": 16, "clip_steps": 0}
     flags |= {"channels": 5, "precision": "bf16", "understand_batch": 8}  # 16-bit on both sides
     train.main([f"--{name}={value}" for name, value in flags.items()])
+    other = {"tokens": 64, "out": tmp_path / "q"}
     with pytest.raises(SystemExit):
-        train.main([f"--{name}={value}" for name, value in (flags | {"tokens": 64}).items()])
+        train.main([f"--{name}={value}" for name, value in (flags | other).items()])
     assert "--tokens 64: the set has 16" in capsys.readouterr().err
     studio = sample.Studio(tmp_path / "r" / "checkpoint.pt")
     assert studio.net.head.shape == (16, 5)
