@@ -502,7 +502,7 @@ def test_stopped_after_each_checkpoint_and_continued_is_uninterrupted(
 # The command, whose seventh step in stage vae sends a signal to it and to the processes that read
 # for it, or never ends.
 SIGNALLED = """
-import os, runpy, sys, time, timm, torch
+import os, runpy, subprocess, sys, time, timm, torch
 from torch.utils import data
 
 number, workers = int(sys.argv[1]), int(sys.argv[2])
@@ -512,7 +512,9 @@ clip, load, calls = torch.nn.utils.clip_grad_norm_, data.DataLoader, []
 def clip_grad_norm_(*arguments):
     calls.append(arguments)
     if len(calls) == 7 and number:
-        os.killpg(0, number)
+        # from another process: those that read die in peace of their parent's signal
+        subprocess.run(["kill", f"-{number}", "--", f"-{os.getpgrp()}"])
+        time.sleep(workers * 2)  # who dies of it is noticed
     if len(calls) == 7 and not number:
         print("seven", flush=True)
         time.sleep(600)
