@@ -508,9 +508,10 @@ class Run:
             self.check_same(state)
         elif c.init:
             state = load_checkpoint(Path(c.init))
-        texts = [every_text(text) for text in self.data.texts[:5000]]
-        self.tokenizer = M.Tokenizer(state["words"]) if state else M.Tokenizer.fit(chain(*texts))
-        plans = set(self.tokenizer.encode(" ".join(plan for _, plan, *_ in texts)))
+        some = self.data.texts[:5000]
+        texts = chain(*map(every_text, some))
+        self.tokenizer = M.Tokenizer(state["words"]) if state else M.Tokenizer.fit(texts)
+        plans = set(self.tokenizer.encode(" ".join(text.get("plan", "") for text in some)))
         self.spare = [i for i in self.tokenizer.ids.values() if i not in plans]
         torch.manual_seed(c.seed)
         side, channels = self.data.facts["side"], self.data.facts["channels"]
@@ -620,7 +621,7 @@ def stop(number, frame):
     """Ctrl-C or SIGTERM: the run saves after the step and ends. The second one ends it at once."""
     signal.signal(number, signal.SIG_DFL)
     Run.stopped = 128 + number
-    print("the run is saved after this step; again ends it at once")
+    print("The run saves after this step. A second signal ends it at once.")
 
 
 def main(arguments=None):

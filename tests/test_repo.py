@@ -18,8 +18,8 @@ import train
 
 ROOT = Path(__file__).parents[1]
 FILES = ("model.py", "train.py", "data.py", "sample.py")
-CODE_LINES = 1690  # of the four files; the aim is 1,100
-PHYSICAL_LINES = 2447  # the aim is 1,650
+CODE_LINES = 1691  # of the four files; the aim is 1,100
+PHYSICAL_LINES = 2448  # the aim is 1,650
 TOKENS_A_LINE = 12.0
 LONGEST = 50  # lines of a function
 PACKAGES = "torch torchvision timm einops tqdm numpy PIL safetensors huggingface_hub filelock"
