@@ -26,6 +26,7 @@ from sample import Studio, find_run
 
 LINKS = re.compile(" (?:left of|right of|above|below|and) ")
 NUMBERS = {"a": 1, "an": 1, "two": 2, "three": 3}
+GROUPS = ("one", "two different", "two or three equal")
 
 
 def things(caption, known):
@@ -38,18 +39,25 @@ def things(caption, known):
     return sorted(found)
 
 
+def group_of(names):
+    """Which of GROUPS a scene with these objects belongs to."""
+    if len(names) == 1:
+        return "one"
+    return "two or three equal" if len(set(names)) == 1 else "two different"
+
+
 def parts(picture, size=128):
     """The connected parts of a picture (S, S, 3), each in a square of its own (size, size, 3)."""
     background = np.median(picture[[0, -1]].reshape(-1, 3), 0)
     drawn = np.abs(picture - background).max(-1) > 24
     labels, _ = ndimage.label(ndimage.binary_dilation(drawn))
+    wide = Image.fromarray(np.pad(picture, ((64, 64), (64, 64), (0, 0)), mode="edge"))
     found = []
     for rows, columns in ndimage.find_objects(labels):
         height, width = rows.stop - rows.start, columns.stop - columns.start
         if height * width * 64**2 >= 60 * picture.shape[0] ** 2:  # else it is a speck
             half = max(height, width) / 2 + 1
             x, y = (columns.start + columns.stop) / 2, (rows.start + rows.stop) / 2
-            wide = Image.fromarray(np.pad(picture, ((64, 64), (64, 64), (0, 0)), mode="edge"))
             box = wide.crop((x - half + 64, y - half + 64, x + half + 64, y + half + 64))
             found.append(np.array(box.resize((size, size), Image.BICUBIC)))
     return found
@@ -91,10 +99,8 @@ class Judge:
     def score(self, pictures, wanted):
         """Shares of pictures that show exactly the wanted things, by their number and kind."""
         scores, seen = {}, self.name(pictures)
-        groups = {"one": (1, 1), "two different": (2, 2), "two or three equal": (1, 2)}
-        for group, (kinds, least) in groups.items():
-            rows = [n for n, w in enumerate(wanted) if len(set(w)) == kinds and len(w) >= least]
-            rows = [n for n in rows if group != "one" or len(wanted[n]) == 1]
+        for group in GROUPS:
+            rows = [n for n, names in enumerate(wanted) if group_of(names) == group]
             scores[group] = round(share(seen[n] == wanted[n] for n in rows), 3)
             number = share(len(seen[n]) == len(wanted[n]) for n in rows)
             scores[f"{group}, number"] = round(number, 3)
