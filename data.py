@@ -353,12 +353,22 @@ def questions(objects, links, rng):
     return chosen
 
 
+def alike(plan, rng):
+    """The places of a plan, with objects of one kind; -> (the prompt that asks for them, plan).
+    No held-out pair occurs."""
+    shape, color = SEEN[rng.integers(len(SEEN))]
+    cells = [line[-2:] for line in plan.split("; ")]
+    lines = [f"{color} {shape} {cell}" for cell in cells]
+    return noun(shape, color, len(lines)), "; ".join(lines)
+
+
 def in_order(plan, text):
-    """The lines of a plan in the order in which a text names their objects; "" without a plan."""
+    """The lines of a plan in the order in which a text has them or names their objects: a prompt,
+    or the plan of a picture to edit. "" without a plan."""
     lines = plan.split("; ") if plan else []
     # what is not named, -1, comes last
-    lines.sort(key=lambda line: [text.find(w) % 10**6 for w in (line[:-3], line.split()[1])])
-    return "; ".join(lines)
+    find = {line: [text.find(w) % 10**6 for w in (line, line[:-3], line.split()[1])] for line in lines}
+    return "; ".join(sorted(lines, key=find.get))
 
 
 # ------------------------------------------------------------------------------- towers of timm

@@ -100,11 +100,24 @@ class Studio:
         written = self.net.backbone.write(self.sequences(rows), vectors, noise=noise)
         return [self.tokenizer.decode(row) for row in written]
 
+    def look(self, vectors):
+        """Pictures (B, N, C) -> rows that begin with one and with what the backbone sees where."""
+        rows = [[("image", None)] for _ in vectors]
+        if self.facts["kind"] != "shapes":  # other pictures have no plans
+            return rows
+        rows = [[*row, ("user", D.LOCATE)] for row in rows]
+        seen = self.write([[*row, ("bot", None)] for row in rows], vectors)
+        return [[*row, ("bot", plan)] for row, plan in zip(rows, seen)]
+
+    def begin(self, prompts, vectors=None):
+        """Rows that end in prompts, each about a picture if there are vectors."""
+        rows = [[] for _ in prompts] if vectors is None else self.look(vectors)
+        return [[*row, ("user", D.tidy(text))] for row, text in zip(rows, prompts)]
+
     def plan(self, prompts, seeds, vectors=None):
         """What pictures will hold and where, a line for each object, written by the backbone.
         With vectors (B, N, C) of pictures, prompts are instructions that change them."""
-        image = [] if vectors is None else [("image", None)]
-        rows = [[*image, ("user", D.tidy(text)), ("bot", None)] for text in prompts]
+        rows = [[*row, ("bot", None)] for row in self.begin(prompts, vectors)]
         return self.write(rows, vectors, seeds)
 
     def imagine(self, rows, seeds, vectors=None):
@@ -128,8 +141,7 @@ class Studio:
     def draw(self, prompts, seeds, plans=None, vectors=None):
         """Prompts, a seed for each, and plans unless drawn at once -> pictures (B, S, S, 3) uint8.
         With vectors (B, N, C) of pictures, prompts are instructions that change them."""
-        image = [] if vectors is None else [("image", None)]
-        rows = [[*image, ("user", D.tidy(text))] for text in prompts]
+        rows = self.begin(prompts, vectors)
         for row, plan in zip(rows, plans or []):
             if plan is not None:
                 row.append(("bot", plan))
@@ -175,7 +187,7 @@ class Chat:
     def __init__(self, studio, vectors=None):
         self.studio = studio
         self.vectors = vectors
-        self.row = [] if vectors is None else [("image", None)]
+        self.row = [] if vectors is None else studio.look(vectors)[0]
         self.seed = studio.settings.seed
 
     def say(self, text):
@@ -192,7 +204,7 @@ class Chat:
         if text == D.LOCATE or not D.PLAN.fullmatch(said):
             return said, None
         self.vectors = self.studio.imagine([self.row], [self.seed], self.vectors)
-        self.row = [("image", None)]
+        self.row = self.studio.look(self.vectors)[0]
         return said, self.studio.paint(self.vectors, [self.seed])[0]
 
 

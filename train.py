@@ -138,37 +138,48 @@ def decode_loss(model, generator, latents, vectors):
 
 def understand_batch(run, ids, rng):
     """In 40 % of the steps prompts, in the others pictures: dialogues, and changes to make."""
-    if rng.random() < 0.4:
-        sequences, learn = run.sequences([prompt(run, i, rng, 0.5) for i in ids])
+    if rng.random() < 0.3:
+        rows = [(count if rng.random() < 0.2 else prompt)(run, i, rng, 0.5) for i in ids]
+        sequences, learn = run.sequences(rows)
         swap_words(run, sequences, learn, rng)
         return {"ids": sequences, "learn": learn}
     rows = []
     for i in ids:
-        changed = run.data.texts[i].get("edits") and rng.random() < 0.25
+        changed = run.data.texts[i].get("edits") and rng.random() < 0.5
         rows.append(edit(run, i, rng)[0] if changed else dialogue(run.data.texts[i], rng))
     sequences, learn = run.sequences(rows)
+    swap_words(run, sequences, learn, rng)
     return {"ids": sequences, "learn": learn, "vectors": run.cached("clip", ids)}
 
 
 def swap_words(run, ids, learn, rng):
-    """A plan copies words of its prompt. 30 % of these are replaced by another word, in both. So
-    the backbone learns to copy what is said and not what is usual, also pairs it has never seen."""
-    for row, planned in zip(ids, learn):
-        for word in set(row[planned].tolist()) & set(row[~planned].tolist()):
-            if word >= M.FIRST_WORD and rng.random() < 0.3:
+    """Replaces 30 % of the names that are copied, of shapes and colors, by another word: those of a
+    prompt in its plan, those that are seen in a picture in all that follows. So the backbone learns
+    to copy what is said and not what is usual, also pairs it has never seen."""
+    for row, learned in zip(ids, learn):
+        # a copy has its source in the prompt, or in the first answer of a row with a picture
+        first = (row == M.EOS).cumsum(0) == 0
+        source = learned & first if M.IMAGE in row else ~learned
+        for word in run.names & set(row[source].tolist()) & set(row[learned & ~source].tolist()):
+            if rng.random() < 0.3:
+                learned[source & (row == word)] = False  # no picture shows the other word
                 row[row == word] = int(rng.choice(run.spare))
 
 
+def look(text):
+    """A picture, and what stands where in it if that is known: what follows need only read this."""
+    plan = text.get("plan")
+    return [("image", None), *([("user", D.LOCATE), ("bot", plan)] if plan else [])]
+
+
 def dialogue(text, rng):
-    """Up to four questions about a picture, then what could answer them without looking."""
-    row = [("image", None)]
-    for i in rng.permutation(len(text["qa"]))[:4]:
-        question, answer = text["qa"][i]
+    """Up to four questions about a picture, then its caption, which could answer them."""
+    row = look(text)
+    pairs = [*text["qa"], *([[D.LOCATE, text["plan"]]] if text.get("plan") else [])]
+    for i in rng.permutation(len(pairs))[:4]:
+        question, answer = pairs[i]
         row += [("user", question), ("bot", answer)]
-    row += [("user", D.DESCRIBE), ("bot", text["caption"])]
-    if text.get("plan") and rng.random() < 0.5:
-        row += [("user", D.LOCATE), ("bot", text["plan"])]
-    return row
+    return [*row, ("user", D.DESCRIBE), ("bot", text["caption"])]
 
 
 def prompt(run, i, rng, broad_share):
@@ -180,14 +191,25 @@ def prompt(run, i, rng, broad_share):
     return planned([("user", said)], D.in_order(text.get("plan"), said), rng)
 
 
+def count(run, i, rng, _):
+    """Equal objects, at the places of a plan. Pictures seldom show them: words alone teach this."""
+    text = run.data.texts[i]
+    if not text.get("plan"):
+        return prompt(run, i, rng, 1)
+    said, plan = D.alike(text["plan"], rng)
+    return planned([("user", said)], plan, rng)
+
+
 def edit(run, i, rng):
     """Picture i, up to two questions, an instruction; and the id of the picture that it makes."""
-    text, row = run.data.texts[i], [("image", None)]
+    text = run.data.texts[i]
+    row = look(text)
     for question, answer in text["qa"][: rng.integers(3)]:
         row += [("user", question), ("bot", answer)]
     instruction, offset = text["edits"][rng.integers(len(text["edits"]))]
     row.append(("user", instruction))
-    return planned(row, run.data.texts[i + offset]["plan"], rng), i + offset
+    plan = D.in_order(run.data.texts[i + offset]["plan"], text["plan"])
+    return planned(row, plan, rng), i + offset
 
 
 def planned(row, plan, rng):
@@ -513,6 +535,8 @@ class Run:
         self.tokenizer = M.Tokenizer(state["words"]) if state else M.Tokenizer.fit(texts)
         plans = set(self.tokenizer.encode(" ".join(text.get("plan", "") for text in some)))
         self.spare = [i for i in self.tokenizer.ids.values() if i not in plans]
+        names = {f" {name}" for name in (*D.SHAPES, *D.COLORS)}
+        self.names = {i for word, i in self.tokenizer.ids.items() if word in names}
         torch.manual_seed(c.seed)
         side, channels = self.data.facts["side"], self.data.facts["channels"]
         if channels and self.data.facts["tokens"] != c.tokens:
