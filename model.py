@@ -76,22 +76,23 @@ def build_sequences(tokenizer, rows, tokens, queries, longest=256):
         ("image", None)    `tokens` positions that image vectors will fill
         ("user", text)     <user> text
         ("bot", text)      <bot> text <eos>, which carries loss; text None leaves it open
+        ("given", text)    the same without loss
         ("queries", None)  `queries` positions that the learned queries will fill
     Returns ids (B, T), and learn (B, T), true where the token is to be predicted. A text is cut
     after `longest` tokens. Rows are padded on the left to a multiple of 16: each row's last
     position is the last one, and a compiled network meets few different lengths.
     """
-    slots = {"image": [IMAGE] * tokens, "queries": [QUERY] * queries, "user": [USER], "bot": [BOT]}
+    slots = {"image": [IMAGE] * tokens, "queries": [QUERY] * queries}
+    slots |= {"user": [USER], "bot": [BOT], "given": [BOT]}
     built = []
     for row in rows:
         ids, learn = [BOS], [False]
         for role, text in row:
             said = [] if text is None else tokenizer.encode(text)[:longest]
-            answer = role == "bot" and text is not None
-            if answer:
+            if slots[role] == [BOT] and text is not None:
                 said.append(EOS)
             ids += slots[role] + said
-            learn += [False] * len(slots[role]) + [answer] * len(said)
+            learn += [False] * len(slots[role]) + [role == "bot"] * len(said)
         built.append((ids, learn))
     length = math.ceil(max(len(ids) for ids, _ in built) / 16) * 16
     ids = [[PAD] * (length - len(ids)) + ids for ids, _ in built]

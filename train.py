@@ -137,19 +137,22 @@ def decode_loss(model, generator, latents, vectors):
 
 
 def understand_batch(run, ids, rng):
-    """In 40 % of the steps prompts, in the others pictures: dialogues, and changes to make."""
-    if rng.random() < 0.3:
-        rows = [(count if rng.random() < 0.2 else prompt)(run, i, rng, 0.5) for i in ids]
-        sequences, learn = run.sequences(rows)
-        swap_words(run, sequences, learn, rng)
-        return {"ids": sequences, "learn": learn}
-    rows = []
+    """Words alone in half of the steps: prompts to plan, changes of plans. Pictures in the others:
+    dialogues, and changes to make."""
+    rows, seen = [], rng.random() < 0.5
     for i in ids:
-        changed = run.data.texts[i].get("edits") and rng.random() < 0.5
-        rows.append(edit(run, i, rng)[0] if changed else dialogue(run.data.texts[i], rng))
+        changed = run.data.texts[i].get("edits") and rng.random() < (0.25 if seen else 0.5)
+        if changed:
+            row, _ = edit(run, i, rng)
+            rows.append(row if seen else [row[1], ("given", row[2][1]), *row[3:]])
+        elif seen:
+            rows.append(dialogue(run.data.texts[i], rng))
+        else:
+            rows.append((count if rng.random() < 0.2 else prompt)(run, i, rng, 0.5))
     sequences, learn = run.sequences(rows)
     swap_words(run, sequences, learn, rng)
-    return {"ids": sequences, "learn": learn, "vectors": run.cached("clip", ids)}
+    batch = {"ids": sequences, "learn": learn}
+    return batch | {"vectors": run.cached("clip", ids)} if seen else batch
 
 
 def swap_words(run, ids, learn, rng):
