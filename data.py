@@ -227,7 +227,7 @@ def change(objects, rng):
         return None
     rng.shuffle(alone)
     a, others = alone[0], [o for o in objects if o is not alone[0]]
-    kind = rng.choice(["color", "remove", "move"])
+    kind = rng.choice(["color", "remove", "move", "move"])  # few scenes allow a move
     name = called(a, objects, rng)
     if kind == "color":
         new = a._replace(color=str(rng.choice(list(COLORS))))
@@ -304,10 +304,10 @@ PLAN = re.compile(r"(\w+ \w+ [a-h][1-8](; )?)+")  # what `plan` writes
 
 def plan(objects):
     """A short line for each object: what it is, and which cell of an 8 x 8 grid holds its centre.
-    "green circle c4; red square f2": columns a to h from the left, rows 1 to 8 from the top."""
+    "circle green c4; square red f2": columns a to h from the left, rows 1 to 8 from the top."""
     cells = [f"{COLUMNS[int(o.x * 8 / SIDE)]}{int(o.y * 8 / SIDE) + 1}" for o in objects]
     lines = sorted(zip(cells, objects))  # one order, from left to right, for each scene
-    return "; ".join(f"{o.color} {o.shape} {cell}" for cell, o in lines)
+    return "; ".join(f"{o.shape} {o.color} {cell}" for cell, o in lines)
 
 
 def long_caption(objects, links, rng):
@@ -358,17 +358,19 @@ def alike(plan, rng):
     No held-out pair occurs."""
     shape, color = SEEN[rng.integers(len(SEEN))]
     cells = [line[-2:] for line in plan.split("; ")]
-    lines = [f"{color} {shape} {cell}" for cell in cells]
+    lines = [f"{shape} {color} {cell}" for cell in cells]
     return noun(shape, color, len(lines)), "; ".join(lines)
 
 
 def in_order(plan, text):
     """The lines of a plan in the order in which a text has them or names their objects: a prompt,
     or the plan of a picture to edit. "" without a plan."""
-    lines = plan.split("; ") if plan else []
-    # what is not named, -1, comes last
-    find = {line: [text.find(w) % 10**6 for w in (line, line[:-3], line.split()[1])] for line in lines}
-    return "; ".join(sorted(lines, key=find.get))
+    lines, places = plan.split("; ") if plan else [], {}
+    for line in lines:
+        shape, color, _ = line.split()
+        # what is not named, -1, comes last
+        places[line] = [text.find(w) % 10**6 for w in (line, f"{color} {shape}", shape)]
+    return "; ".join(sorted(lines, key=places.get))
 
 
 # ------------------------------------------------------------------------------- towers of timm

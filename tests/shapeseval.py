@@ -254,7 +254,7 @@ def parse_plan(text):
     if not data.PLAN.fullmatch(text):
         return []
     objects = []
-    for color, shape, cell in (line.split() for line in text.split("; ")):
+    for shape, color, cell in (line.split() for line in text.split("; ")):
         x, y = data.COLUMNS.index(cell[0]) + 0.5, int(cell[1]) - 0.5
         objects.append(data.Object(shape, color, x * CELL, y * CELL, 0, 0))
     return objects
