@@ -137,18 +137,19 @@ def decode_loss(model, generator, latents, vectors):
 
 
 def understand_batch(run, ids, rng):
-    """Words alone in half of the steps: prompts to plan, changes of plans. Pictures in the others:
-    dialogues, and changes to make."""
+    """Dialogues about pictures and changes of them. In half of the steps the picture is only told,
+    by its plan, which costs a third of the time, and prompts to plan stand beside."""
     rows, seen = [], rng.random() < 0.5
     for i in ids:
-        changed = run.data.texts[i].get("edits") and rng.random() < (0.25 if seen else 0.5)
-        if changed:
-            row, _ = edit(run, i, rng)
-            rows.append(row if seen else [row[1], ("given", row[2][1]), *row[3:]])
-        elif seen:
-            rows.append(dialogue(run.data.texts[i], rng))
+        text, chance = run.data.texts[i], rng.random()
+        if text.get("edits") and chance < 0.4:
+            rows.append(edit(run, i, rng)[0])
+        elif seen or text.get("plan") and chance < 0.55:
+            rows.append(dialogue(text, rng))
         else:
-            rows.append((count if rng.random() < 0.2 else prompt)(run, i, rng, 0.5))
+            rows.append((count if chance > 0.9 else prompt)(run, i, rng, 0.5))
+    if not seen:
+        rows = [[r[1], ("given", r[2][1]), *r[3:]] if r[0][0] == "image" else r for r in rows]
     sequences, learn = run.sequences(rows)
     swap_words(run, sequences, learn, rng)
     batch = {"ids": sequences, "learn": learn}

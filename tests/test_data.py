@@ -90,21 +90,41 @@ def test_a_change_is_what_its_instruction_says():
 def test_a_plan_has_a_line_for_each_object_from_left_to_right():
     objects = [Object("square", "red", 43.0, 9.0, 15, 15)]
     objects.append(Object("circle", "green", 20.0, 31.9, 20, 20))
-    assert data.plan(objects) == "green circle c4; red square f2"
-    assert data.PLAN.fullmatch("green circle c4; red square f2")
-    for text in ("green circle", "two", "green circle c9", "green circle i1", ""):
+    assert data.plan(objects) == "circle green c4; square red f2"
+    assert data.PLAN.fullmatch("circle green c4; square red f2")
+    for text in ("circle green", "two", "circle green c9", "circle green i1", ""):
         assert not data.PLAN.fullmatch(text)
     assert data.plan([]) == ""
 
 
 def test_a_plan_is_put_in_the_order_of_a_text():
-    plan = "red circle b3; blue square c4; red circle f6"
-    right = "red circle b3; red circle f6; blue square c4"
+    plan = "circle red b3; square blue c4; circle red f6"
+    right = "circle red b3; circle red f6; square blue c4"
     assert data.in_order(plan, "two red circles and a blue square") == right
-    assert data.in_order(plan, "a square and two circles").startswith("blue square c4; ")
+    assert data.in_order(plan, "a square and two circles").startswith("square blue c4; ")
     assert data.in_order(plan, "three objects") == plan
-    assert data.in_order(plan, "a blue square").startswith("blue square c4; ")
+    assert data.in_order(plan, "a blue square").startswith("square blue c4; ")
     assert data.in_order(None, "a dog") == data.in_order("", "a dog") == ""
+
+
+def test_a_plan_after_an_edit_keeps_the_order_before_and_ends_with_what_is_new():
+    before = "circle red b3; square blue c4; circle red f6"
+    after = "circle red a1; circle red f6; square blue c4"
+    assert data.in_order(after, before) == "square blue c4; circle red f6; circle red a1"
+    assert data.in_order("square blue c4; circle red f6", before) == "square blue c4; circle red f6"
+
+
+def test_a_plan_of_equal_objects_keeps_the_places():
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(300):
+        said, plan = data.alike("circle red b3; square blue c4; circle red f6", rng)
+        (shape, color, _), *_ = lines = [line.split() for line in plan.split("; ")]
+        assert lines == [[shape, color, cell] for cell in ("b3", "c4", "f6")]
+        assert said == f"three {color} {shape}s"
+        seen.add((shape, color))
+    assert seen == set(data.SEEN)  # and nothing that is held out
+    said, plan = data.alike("circle red b3", rng)
+    assert said == data.noun(*plan.split()[:2])
 
 
 def test_seven_kinds_have_equal_shares(scenes):

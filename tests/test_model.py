@@ -92,13 +92,14 @@ GOLDEN = {  # task -> its row, the ids, and where of the 16 positions something 
     "generate": ("user queries", [257, *ASK, 262, 262], []),
     "edit": ("image user queries", [*SEE, *ASK, 262, 262], []),
     "chat": ("user bot user bot", [257, *ASK, *TELL, *ASK, *TELL], [9, 10, 14, 15]),
+    "told": ("user given user bot", [257, *ASK, *TELL, *ASK, *TELL], [14, 15]),
 }
 
 
 @pytest.mark.parametrize("task", GOLDEN)
 def test_golden_sequences(task):
     names, golden, learned = GOLDEN[task]
-    row = [(n.replace("open", "bot"), dict(user="red", bot="circle").get(n)) for n in names.split()]
+    row = [(n.replace("open", "bot"), dict(user="red", bot="circle", given="circle").get(n)) for n in names.split()]
     tokenizer = M.Tokenizer([" red", " circle"])
     ids, learn = M.build_sequences(tokenizer, [row, [("user", "red")]], tokens=2, queries=2)
     assert ids.tolist() == [[256] * (16 - len(golden)) + golden, [256] * 13 + [257, *ASK]]

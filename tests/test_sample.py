@@ -122,8 +122,24 @@ def test_prompts_questions_and_instructions_are_tidied(micro_run):
     studio.sequences = lambda rows: asked.append(rows) or sample.Studio.sequences(studio, rows)
     studio.answer(vectors, ["  Describe. "])
     studio.draw(["Make it red. "], [0], None, vectors)
-    assert asked[0] == [[("image", None), ("user", "describe"), ("bot", None)]]
-    assert asked[1] == [[("image", None), ("user", "make it red"), ("queries", None)]]
+    (look, *said), (again, *drawn) = asked[1][0], asked[3][0]
+    assert look == again == ("image", None)
+    assert said[2:] == [("user", "describe"), ("bot", None)]
+    assert drawn[2:] == [("user", "make it red"), ("queries", None)]
+
+
+def test_a_row_on_a_picture_begins_with_what_is_seen_where(micro_run, monkeypatch):
+    """Of shapes. Other pictures have no plans."""
+    studio, asked = studio_of(micro_run), []
+    plans, vectors = ["circle red c4", "square blue f2"], torch.zeros(2, 64, 12)
+    monkeypatch.setattr(studio, "write", lambda rows, v: asked.append((rows, v)) or plans)
+    image, question = ("image", None), ("user", data.LOCATE)
+    wanted = [[image, question, ("bot", plan), ("user", "a b")] for plan in plans]
+    assert studio.begin(["A b.", "a  b"], vectors) == wanted
+    assert asked == [([[image, question, ("bot", None)]] * 2, vectors)]
+    studio.facts["kind"] = "photos"
+    assert studio.begin(["a", "b"], vectors) == [[image, ("user", "a")], [image, ("user", "b")]]
+    assert len(asked) == 1 and studio.begin(["a"]) == [[("user", "a")]]
 
 
 @pytest.mark.parametrize("prompt", ["猫 \U0001f600", "a\x00b", "?" * 400])
@@ -222,7 +238,7 @@ def test_a_plan_is_printed_and_can_be_given(micro_run, tmp_path, capsys, monkeyp
     rows, imagine = [], sample.Studio.imagine
     watch = lambda self, r, *a: rows.append([row[-1] for row in r]) or imagine(self, r, *a)  # noqa: E731
     monkeypatch.setattr(sample.Studio, "imagine", watch)
-    plans = ["red circle c4", "red circle f2"]
+    plans = ["circle red c4", "circle red f2"]
     monkeypatch.setattr(sample.Studio, "write", lambda *_: plans)
     grid = draw(micro_run, tmp_path / "x.png", "a circle", "--count=2")
     lines = capsys.readouterr().out.splitlines()[1:3]
@@ -271,9 +287,10 @@ def test_an_instruction_edits_the_picture(micro_run, picture, tmp_path, capsys, 
 def test_a_chat_draws_answers_and_edits_in_its_context(micro_run, monkeypatch, tmp_path, capsys):
     """A plan draws, but not where it is asked for; a drawing begins anew; what is said stays in the
     context until the next picture. It ends with the input."""
-    said, rows = ["red circle c4", "one", "red circle b4", "red circle c4; blue square c7"], []
-    said.append("blue circle a1")
-    write, imagine = iter(said), sample.Studio.imagine
+    looks = ["circle red b4", "circle red b4; square blue c7", "circle blue a1"]
+    said = ["circle red c4", "one", looks[0], "circle red b4; square blue c6", "circle blue a2"]
+    write = iter([said[0], looks[0], *said[1:4], looks[1], said[4], looks[2]])
+    rows, imagine = [], sample.Studio.imagine
     monkeypatch.setattr(sample.Studio, "write", lambda self, r, *_: [next(write)])
     watch = lambda self, r, *a: rows.append((list(r[0]), a[-1])) or imagine(self, r, *a)  # noqa: E731
     monkeypatch.setattr(sample.Studio, "imagine", watch)
@@ -284,7 +301,8 @@ def test_a_chat_draws_answers_and_edits_in_its_context(micro_run, monkeypatch, t
     assert [line for line in heard if line in said] == said
     (first, none), (second, some), (third, anew) = rows
     assert first == [("user", "a red circle"), ("bot", said[0])] and none is None
-    answers = [turn for pair in zip(turns[1:], said[1:]) for turn in zip(("user", "bot"), pair)]
+    pairs = [(data.LOCATE, looks[0]), *zip(turns[1:], said[1:])]
+    answers = [turn for pair in pairs for turn in zip(("user", "bot"), pair)]
     assert second == [("image", None), *answers] and some.shape == (1, 64, 12)
     assert third == [("user", "a blue circle"), ("bot", said[4])] and anew is None
 
@@ -292,10 +310,11 @@ def test_a_chat_draws_answers_and_edits_in_its_context(micro_run, monkeypatch, t
 def test_a_chat_can_begin_with_a_picture(micro_run, picture, monkeypatch):
     studio, asked = studio_of(micro_run), []
     _, vectors = studio.open(picture)
-    monkeypatch.setattr(studio, "write", lambda rows, v, _: asked.append((rows, v)) or ["one"])
+    monkeypatch.setattr(studio, "write", lambda rows, v, *_: asked.append((rows, v)) or ["one"])
     assert sample.Chat(studio, vectors).say("how many?") == ("one", None)
-    rows, given = asked[0]
-    assert rows[0][0] == ("image", None) and given is vectors
+    rows, given = asked[1]
+    assert rows[0][:3] == [("image", None), ("user", data.LOCATE), ("bot", "one")]
+    assert rows[0][3:] == [("user", "how many?"), ("bot", None)] and given is vectors
 
 
 @pytest.mark.parametrize("words", [[], [""], ["a circle", " . "]])

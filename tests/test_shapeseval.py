@@ -240,14 +240,14 @@ REAL_BLUE = data.Object("square", "blue", 44.0, 22.0, 18.0, 18.0)
 
 def test_plans_are_read_back():
     """Cells have their centres; objects stand within half a cell of them."""
-    assert S.parse_plan("red circle c3; blue square f8")[1][:4] == ("square", "blue", 44, 60)
+    assert S.parse_plan("circle red c3; square blue f8")[1][:4] == ("square", "blue", 44, 60)
     rng = np.random.default_rng(0)
     for _ in range(100):
         objects, _ = data.random_scene(rng)
         plan = S.parse_plan(data.plan(objects))
         assert sorted(o[:2] for o in plan) == sorted(o[:2] for o in objects)
         assert S.take_nearest(plan, objects, S.REACH) == (len(objects), [])
-    for text in ("two", "red circle", "red circle c3;", ""):
+    for text in ("two", "circle red", "circle red c3;", ""):
         assert S.parse_plan(text) == []
 
 
@@ -261,7 +261,7 @@ def test_what_is_wanted_takes_the_nearest_of_its_kind_once():
 def test_plans_are_scored_by_their_prompts_and_their_pictures():
     """The second plan is wrong; the third picture has its object elsewhere."""
     prompts = [S.Prompt("a red circle", "single", (("circle", "red"),))] * 3
-    plans = ["red circle c3", "blue circle c3", "red circle g7"]
+    plans = ["circle red c3", "circle blue c3", "circle red g7"]
     blue = REAL_RED._replace(color="blue")
     rng = np.random.default_rng(0)
     images = np.stack([data.paint([o], rng) for o in (REAL_RED, blue, REAL_RED)])

@@ -173,7 +173,7 @@ def test_prompts_are_captions_in_their_share_else_the_user_s_words(prepared):
     clean = np.array([run.data.texts[i]["clean"] is not None for i in rows])
     for share in (0.0, 0.1, 1.0):
         broad, planned = [], []
-        for i in rows:
+        for i in rows * 4:
             (role, said), *plan, last = train.prompt(run, i, rng, share)
             text = run.data.texts[i]
             assert (role, last) == ("user", ("queries", None))
@@ -181,8 +181,8 @@ def test_prompts_are_captions_in_their_share_else_the_user_s_words(prepared):
             assert plan in ([], [("bot", data.in_order(text["plan"], said))])
             broad.append(said != text["clean"])
             planned.append(bool(plan))
-        broad = np.array(broad)
-        assert broad[~clean].all() and abs(broad[clean].mean() - share) < 0.05
+        broad = np.array(broad).reshape(4, -1)
+        assert broad[:, ~clean].all() and abs(broad[:, clean].mean() - share) < 0.05
         assert abs(np.mean(planned) - train.PLANNED) < 0.07
     for stage, share in (("generate", 1.0), ("tune", 0.1)):
         with patch.object(train, "prompt", return_value=[("queries", None)]) as prompts:
@@ -190,18 +190,26 @@ def test_prompts_are_captions_in_their_share_else_the_user_s_words(prepared):
         assert prompts.call_args.args[-1] == share
 
 
+def start(text):
+    """How each row on a picture begins."""
+    return [("image", None), ("user", data.LOCATE), ("bot", text["plan"])]
+
+
 def test_an_edit_leads_from_its_picture_to_the_next_or_the_one_before(prepared):
-    """After at most two questions about it. The plan is that of the picture it makes."""
+    """After its plan and at most two questions. The new plan is that of the picture it makes, and
+    keeps the order of the old one."""
     run, rng, asked = prepared(), np.random.default_rng(0), set()
     for i in [i for i in run.data.train_ids if run.data.texts[i]["edits"]]:
-        ((first, *said, last), target), text = train.edit(run, i, rng), run.data.texts[i]
+        (row, target), text = train.edit(run, i, rng), run.data.texts[i]
         instruction, offset = text["edits"][0]
         assert target == i + offset and abs(offset) == 1
-        assert (first, last) == (("image", None), ("queries", None))
+        assert row[:3] == start(text) and row[-1] == ("queries", None)
+        said = row[3:-1]
         place = said.index(("user", instruction))
         pairs = [turn for q, a in text["qa"][: place // 2] for turn in (("user", q), ("bot", a))]
         assert said[:place] == pairs
-        assert said[place + 1 :] in ([], [("bot", run.data.texts[target]["plan"])])
+        plan = data.in_order(run.data.texts[target]["plan"], text["plan"])
+        assert said[place + 1 :] in ([], [("bot", plan)])
         asked.add(place // 2)
     assert asked == {0, 1, 2}
 
@@ -230,7 +238,7 @@ def test_words_that_a_plan_copies_are_swapped(prepared):
     run, rng, swapped = prepared(), np.random.default_rng(0), []
     names = [*data.COLORS, *data.SHAPES]
     text = "a red circle left of a blue square"
-    row = [("user", text), ("bot", "red circle c4; blue square f2"), ("queries", None)]
+    row = [("user", text), ("bot", "circle red c4; square blue f2"), ("queries", None)]
     for _ in range(200):
         ids, learn = run.sequences([row])
         before = ids.clone()
@@ -244,6 +252,24 @@ def test_words_that_a_plan_copies_are_swapped(prepared):
     assert 0.9 < np.mean(swapped) < 1.5  # 30 % of four
 
 
+def test_names_seen_in_a_picture_are_swapped_where_they_are_copied(prepared):
+    """In all of the row. What no picture shows is not learned: the swapped names of the plan."""
+    run, rng, swapped = prepared(), np.random.default_rng(0), 0
+    row = [*start({"plan": "circle red c4; square blue f2"})]
+    row += [("user", "what color is the circle?"), ("bot", "red")]
+    for _ in range(100):
+        ids, learn = run.sequences([row])
+        before, told = ids.clone(), learn.clone()
+        train.swap_words(run, ids, learn, rng)
+        changed, first = ids[0] != before[0], (before[0] == M.EOS).cumsum(0) == 0
+        assert torch.equal(learn[0], told[0] & ~(changed & first))
+        assert changed.sum() in (0, 2)  # blue and square are not copied, circle is no answer
+        (reds,) = run.tokenizer.encode("red")
+        assert not changed.any() or (before[0][changed] == reds).all()
+        swapped += bool(changed.any())
+    assert 15 < swapped < 45
+
+
 def test_equal_captions_are_no_negatives(prepared):
     run = prepared()
     for i, caption in enumerate(["a circle", "a square", "a circle"]):
@@ -252,59 +278,82 @@ def test_equal_captions_are_no_negatives(prepared):
     assert same.tolist() == [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
 
 
-def test_a_dialogue_ends_with_the_caption_and_at_times_the_plan(prepared):
-    """Before stand at most four questions, each once."""
-    run, rng, planned = prepared(), np.random.default_rng(0), 0
+def test_a_dialogue_begins_with_the_plan_and_ends_with_the_caption(prepared):
+    """Between stand at most four questions, each once; one may be for the plan again."""
+    run, rng, again = prepared(), np.random.default_rng(0), 0
     for text in run.data.texts[:400]:
-        first, *turns = train.dialogue(text, rng)
-        said = [words for _, words in turns]
+        row = train.dialogue(text, rng)
+        assert row[:3] == start(text)
+        assert row[-2:] == [("user", "describe"), ("bot", text["caption"])]
+        roles, said = zip(*row[3:-2])
         pairs = [list(pair) for pair in zip(said[::2], said[1::2])]
-        assert first == ("image", None) and [*zip(*turns)][0] == ("user", "bot") * len(pairs)
-        if pairs[-1][0] == data.LOCATE:
-            assert pairs.pop()[1] == text["plan"]
-            planned += 1
-        assert pairs.pop() == ["describe", text["caption"]]
-        assert 2 <= len({question for question, _ in pairs}) == len(pairs) <= 4
-        assert all(pair in text["qa"] for pair in pairs)
-    assert 150 < planned < 250
+        assert roles == ("user", "bot") * len(pairs)
+        assert 3 <= len({question for question, _ in pairs}) == len(pairs) <= 4
+        assert all(pair in [*text["qa"], [data.LOCATE, text["plan"]]] for pair in pairs)
+        again += [data.LOCATE, text["plan"]] in pairs
+    assert again > 200
+    photo = train.dialogue({"caption": "a cat", "clean": None, "qa": []}, rng)
+    assert photo == [("image", None), ("user", "describe"), ("bot", "a cat")]
 
 
 def layout(row):
     """A row as results.md shows it: what carries loss is in brackets."""
     shown = {"image": "<image> x 64 ", "user": "<user> {}", "bot": "<bot>[ {}<eos>]"}
-    shown["queries"] = "<query> x 16"
+    shown |= {"given": "<bot> {}<eos>", "queries": "<query> x 16"}
     return "<bos>" + "".join(shown[role].format(text) for role, text in row)
 
 
 def test_the_layouts_of_all_tasks_are_those_of_the_results(prepared):
     """The sequence of each task, drawn in notebooks/results.md."""
     run, rng = prepared(), np.random.default_rng(1)
-    question, plan = ["what color is the circle?", "red"], "blue circle c4"
-    texts = {"caption": "a red circle", "clean": "a circle", "plan": "red circle c4"}
+    question, plan = ["what color is the circle?", "red"], "circle blue c4"
+    texts = {"caption": "a red circle", "clean": "a circle", "plan": "circle red c4"}
     texts["qa"], texts["edits"] = [question], [["make the circle blue", 1]]
     run.data.texts[:2] = texts, texts | {"plan": plan}
-    with patch.object(train, "PLANNED", 1):
-        rows = [train.dialogue(texts, rng) for _ in range(9)]
-        rows += [train.prompt(run, 0, rng, share) for share in (0, 1)]
-        rows += [train.edit(run, 0, rng)[0] for _ in range(9)]
-    with patch.object(train, "PLANNED", 0):
-        rows += [train.prompt(run, 0, rng, 1), *(train.edit(run, 0, rng)[0] for _ in range(9))]
+    rows, alone = [], np.zeros(4, int)
+    run.sequences = lambda some: rows.extend(some) or train.Run.sequences(run, some)
+    for share in (0, 1):
+        with patch.object(train, "PLANNED", share):
+            for _ in range(20):
+                train.understand_batch(run, alone, rng)
     shown = re.findall(r"^    (<bos>.*)", (ROOT / "notebooks/results.md").read_text(), re.M)
     made = {*map(layout, rows)}
-    assert len(shown) == 8 and set(shown) <= made, made - set(shown)
+    assert len(shown) == 9 and set(shown) <= made, made - set(shown)
 
 
 def test_understanding_learns_from_prompts_dialogues_and_edits(prepared):
-    """Prompts in 40 % of the steps; edits in a quarter of the other rows that have one."""
-    run, rng, prompts, edits = prepared(), np.random.default_rng(0), 0, []
+    """Half of the steps have pictures. In the others plans stand for them, beside prompts and equal
+    objects. Photos, which have no plans, have captions alone."""
+    run, rng, rows = prepared(), np.random.default_rng(0), {True: [], False: []}
+    run.sequences = lambda some: kept.append(some) or train.Run.sequences(run, some)
     for _ in range(300):
+        kept = []
         batch = train.understand_batch(run, rng.choice(run.data.train_ids, 4), rng)
-        prompts += "vectors" not in batch
-        images, queries = ((batch["ids"] == i).any(1) for i in (M.IMAGE, M.QUERY))
-        assert images.all() if "vectors" in batch else queries.all() and not images.any()
-        edits += (images & queries).tolist() if "vectors" in batch else []
-    share = np.mean([bool(run.data.texts[i]["edits"]) for i in run.data.train_ids])
-    assert 90 < prompts < 150 and abs(np.mean(edits) - share / 4) < 0.06
+        rows["vectors" in batch] += kept[0]
+    edits = np.mean([bool(run.data.texts[i]["edits"]) for i in run.data.train_ids])
+    assert 500 < len(rows[True]) < 700
+    plans = {text["plan"] for text in run.data.texts}
+    for seen, some in rows.items():
+        queries = [row for row in some if row[-1] == ("queries", None)]
+        pictures = [row for row in some if len(row) > 3]
+        changes = [row for row in queries if len(row) > 3]
+        assert abs(len(changes) / len(some) - 0.4 * edits) < 0.06
+        if seen:
+            assert len(pictures) == len(some) and {row[0][0] for row in some} == {"image"}
+        else:
+            assert {row[0][0] for row in some} == {"user"}
+            assert all(r[0][1] == data.LOCATE and r[1][0] == "given" for r in pictures)
+            assert all(r[1][1] in plans for r in pictures)
+            asked = [row[0][1] for row in queries if len(row) <= 3]
+            counted = np.mean([text.split()[0] in data.NUMBERS[2:] for text in asked])
+            assert 0.1 < counted < 0.5 and len(asked) > 150
+    run.data.texts[:] = [{"caption": "a cat", "clean": None, "qa": []}] * len(run.data.texts)
+    for _ in range(20):
+        kept = []
+        seen = "vectors" in train.understand_batch(run, run.data.train_ids[:4], rng)
+        first, last = (("image", None), ("bot", "a cat")) if seen else (("user", "a cat"),) * 2
+        assert all(row[0] == first for row in kept[0])
+        assert all(last in row for row in kept[0])
 
 
 def test_learning_rate_by_hand():
