@@ -99,7 +99,8 @@ GOLDEN = {  # task -> its row, the ids, and where of the 16 positions something 
 @pytest.mark.parametrize("task", GOLDEN)
 def test_golden_sequences(task):
     names, golden, learned = GOLDEN[task]
-    row = [(n.replace("open", "bot"), dict(user="red", bot="circle", given="circle").get(n)) for n in names.split()]
+    texts = {"user": "red", "bot": "circle", "given": "circle"}
+    row = [(n.replace("open", "bot"), texts.get(n)) for n in names.split()]
     tokenizer = M.Tokenizer([" red", " circle"])
     ids, learn = M.build_sequences(tokenizer, [row, [("user", "red")]], tokens=2, queries=2)
     assert ids.tolist() == [[256] * (16 - len(golden)) + golden, [256] * 13 + [257, *ASK]]
