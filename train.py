@@ -40,7 +40,7 @@ import model as M
 # this process among those of torchrun
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-VERSION = 4  # of checkpoints
+VERSION = 5  # of checkpoints
 PLANNED = 0.8  # share of prompts and edits that are planned before they are drawn
 
 
@@ -137,19 +137,18 @@ def decode_loss(model, generator, latents, vectors):
 
 
 def understand_batch(run, ids, rng):
-    """Dialogues about pictures and changes of them. In half of the steps the picture is only told,
-    by its plan, which costs a third of the time, and prompts to plan stand beside."""
+    """In half of the steps pictures: dialogues about them, and changes to make. In the others words
+    alone, which cost a third of the time: prompts, and changes of a picture whose plan is given."""
     rows, seen = [], rng.random() < 0.5
     for i in ids:
-        text, chance = run.data.texts[i], rng.random()
-        if text.get("edits") and chance < 0.4:
-            rows.append(edit(run, i, rng)[0])
-        elif seen or text.get("plan") and chance < 0.55:
-            rows.append(dialogue(text, rng))
+        chance = rng.random()
+        if run.data.texts[i].get("edits") and chance < 0.35:
+            row, _ = edit(run, i, rng)
+            rows.append(row if seen else [row[1], ("given", row[2][1]), *row[3:]])
+        elif seen:
+            rows.append(dialogue(run.data.texts[i], rng))
         else:
             rows.append((count if chance > 0.9 else prompt)(run, i, rng, 0.5))
-    if not seen:
-        rows = [[r[1], ("given", r[2][1]), *r[3:]] if r[0][0] == "image" else r for r in rows]
     sequences, learn = run.sequences(rows)
     swap_words(run, sequences, learn, rng)
     batch = {"ids": sequences, "learn": learn}

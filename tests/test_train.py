@@ -318,7 +318,7 @@ def test_the_layouts_of_all_tasks_are_those_of_the_results(prepared):
                 train.understand_batch(run, alone, rng)
     shown = re.findall(r"^    (<bos>.*)", (ROOT / "notebooks/results.md").read_text(), re.M)
     made = {*map(layout, rows)}
-    assert len(shown) == 9 and set(shown) <= made, made - set(shown)
+    assert len(shown) == 8 and set(shown) <= made, made - set(shown)
 
 
 def test_understanding_learns_from_prompts_dialogues_and_edits(prepared):
@@ -337,7 +337,7 @@ def test_understanding_learns_from_prompts_dialogues_and_edits(prepared):
         queries = [row for row in some if row[-1] == ("queries", None)]
         pictures = [row for row in some if len(row) > 3]
         changes = [row for row in queries if len(row) > 3]
-        assert abs(len(changes) / len(some) - 0.4 * edits) < 0.06
+        assert abs(len(changes) / len(some) - 0.35 * edits) < 0.06
         if seen:
             assert len(pictures) == len(some) and {row[0][0] for row in some} == {"image"}
         else:
