@@ -299,7 +299,8 @@ def scene_texts(prompt, objects, rng):
 
 
 COLUMNS = "abcdefgh"
-PLAN = re.compile(r"(\w+ \w+ [a-h][1-8](; )?)+")  # what `plan` writes
+# what `plan` writes
+PLAN = re.compile(rf"(({'|'.join(SHAPES)}) ({'|'.join(COLORS)}) [a-h][1-8](; )?)+")
 
 
 def plan(objects):

@@ -92,7 +92,8 @@ def test_a_plan_has_a_line_for_each_object_from_left_to_right():
     objects.append(Object("circle", "green", 20.0, 31.9, 20, 20))
     assert data.plan(objects) == "circle green c4; square red f2"
     assert data.PLAN.fullmatch("circle green c4; square red f2")
-    for text in ("circle green", "two", "circle green c9", "circle green i1", ""):
+    wrong = ["circle green", "two", "circle green c9", "circle green i1", "green circle c4", ""]
+    for text in wrong:
         assert not data.PLAN.fullmatch(text)
     assert data.plan([]) == ""
 
