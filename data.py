@@ -286,16 +286,16 @@ def tidy(text):
 
 
 def scene_texts(prompt, objects, rng):
-    """The texts of a scene: {"caption": str, "clean": the prompt or None, "plan": str,
-    "qa": [[question, answer], ...], "edits": [[instruction, rows from here to its result], ...]}.
-    """
+    """The texts of a scene: {"caption": str, "whole": one that names all, "clean": the prompt or
+    None, "plan": str, "qa": [[question, answer], ...],
+    "edits": [[instruction, rows from here to its result], ...]}."""
     links = [(a, r, b) for a, b in permutations(objects, 2) for r in sorted(relations(a, b))]
-    caption = long_caption(objects, links, rng)
+    caption = whole = long_caption(objects, links, rng)
     if rng.random() < 0.1:  # a part of the scene, as in real captions
         shape, color = objects[0][:2]
         caption = noun(shape, color if rng.random() < 0.5 else None)
-    texts = {"caption": caption, "clean": prompt or None, "qa": questions(objects, links, rng)}
-    return texts | {"plan": plan(objects), "edits": []}
+    texts = {"caption": caption, "whole": whole, "clean": prompt or None, "plan": plan(objects)}
+    return texts | {"qa": questions(objects, links, rng), "edits": []}
 
 
 COLUMNS = "abcdefgh"
@@ -641,7 +641,7 @@ class Shapes:
 
     def prepare(self):
         """Draws the scenes -> PreparedSet."""
-        settings = {"kind": "shapes", "texts": 2, "side": SIDE, "channels": None, **asdict(self)}
+        settings = {"kind": "shapes", "texts": 3, "side": SIDE, "channels": None, **asdict(self)}
         parts = {f"part-{i // 1000:05d}.safetensors": i for i in range(0, self.count, 1000)}
         return prepare(settings, parts, self.read)
 

@@ -137,18 +137,19 @@ def decode_loss(model, generator, latents, vectors):
 
 
 def understand_batch(run, ids, rng):
-    """In half of the steps pictures: dialogues about them, and changes to make. In the others words
-    alone, which cost a third of the time: prompts, and changes of a picture whose plan is given."""
+    """Dialogues about pictures, and changes to make of them. In half of the steps the pictures are
+    only told, by their plans, which costs a third of the time, and prompts stand beside."""
     rows, seen = [], rng.random() < 0.5
     for i in ids:
-        chance = rng.random()
-        if run.data.texts[i].get("edits") and chance < 0.35:
-            row, _ = edit(run, i, rng)
-            rows.append(row if seen else [row[1], ("given", row[2][1]), *row[3:]])
-        elif seen:
-            rows.append(dialogue(run.data.texts[i], rng))
+        text, chance = run.data.texts[i], rng.random()
+        if text.get("edits") and chance < 0.4:
+            rows.append(edit(run, i, rng)[0])
+        elif seen or text.get("plan") and chance < 0.5:
+            rows.append(dialogue(text, rng))
         else:
             rows.append((count if chance > 0.9 else prompt)(run, i, rng, 0.5))
+    if not seen:
+        rows = [[r[1], ("given", r[2][1]), *r[3:]] if r[0][0] == "image" else r for r in rows]
     sequences, learn = run.sequences(rows)
     swap_words(run, sequences, learn, rng)
     batch = {"ids": sequences, "learn": learn}
@@ -182,7 +183,7 @@ def dialogue(text, rng):
     for i in rng.permutation(len(pairs))[:4]:
         question, answer = pairs[i]
         row += [("user", question), ("bot", answer)]
-    return [*row, ("user", D.DESCRIBE), ("bot", text["caption"])]
+    return [*row, ("user", D.DESCRIBE), ("bot", text.get("whole", text["caption"]))]
 
 
 def prompt(run, i, rng, broad_share):
