@@ -74,10 +74,10 @@ class Config:
     decoder_width: int = 128  # width of the decoder
     decoder_depth: int = 4  # blocks of the decoder
     clip_steps: int = 600  # steps of stage clip
-    vae_steps: int = 1400  # steps of stage vae
+    vae_steps: int = 1200  # steps of stage vae
     decode_steps: int = 1100  # steps of stage decode
-    understand_steps: int = 1600  # steps of stage understand
-    generate_steps: int = 500  # steps of stage generate
+    understand_steps: int = 2000  # steps of stage understand
+    generate_steps: int = 300  # steps of stage generate
     tune_steps: int = 1500  # steps of stage tune
     clip_batch: int = 24  # images a step of stage clip
     vae_batch: int = 16  # images a step of stage vae
