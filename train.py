@@ -146,8 +146,10 @@ def understand_batch(run, ids, rng):
             rows.append(edit(run, i, rng)[0])
         elif seen or text.get("plan") and chance < 0.5:
             rows.append(dialogue(text, rng))
+        elif text.get("plan") and chance > 0.9:
+            rows.append(count(text["plan"], rng))
         else:
-            rows.append((count if chance > 0.9 else prompt)(run, i, rng, 0.5))
+            rows.append(prompt(run, i, rng, 0.5))
     if not seen:
         rows = [[r[1], ("given", r[2][1]), *r[3:]] if r[0][0] == "image" else r for r in rows]
     sequences, learn = run.sequences(rows)
@@ -195,12 +197,9 @@ def prompt(run, i, rng, broad_share):
     return planned([("user", said)], D.in_order(text.get("plan"), said), rng)
 
 
-def count(run, i, rng, _):
+def count(plan, rng):
     """Equal objects, at the places of a plan. Pictures seldom show them: words alone teach this."""
-    text = run.data.texts[i]
-    if not text.get("plan"):
-        return prompt(run, i, rng, 1)
-    said, plan = D.alike(text["plan"], rng)
+    said, plan = D.alike(plan, rng)
     return planned([("user", said)], plan, rng)
 
 
