@@ -20,6 +20,7 @@ from shapeseval import data, share  # noqa: E402
 from sample import Chat, Studio  # noqa: E402
 
 SAME = 5  # px, of an object that was to stay
+TIMES = 5  # that each dialogue is played
 TRIPS = 400  # captions and pictures of the round trips
 
 
@@ -97,44 +98,55 @@ def evaluate_edits(studio, seed, count, held=False, planned=True):
     return table
 
 
+SIDES = (("left of", "right of"), ("above", "below"))
+
+
 def dialogues():
-    """Ten scripts of four turns: what is said, and the answer, or the objects and a relation."""
+    """Ten scripts of four turns: what is said, and the answer, or the objects. {} stands for the
+    side of the first object on which there is more room: beside the other one there may be none."""
     pairs = [("red", "circle"), ("blue", "square"), ("green", "triangle"), ("orange", "circle")]
     pairs += [("yellow", "square"), ("purple", "triangle"), ("blue", "circle"), ("red", "square")]
     pairs += [("orange", "triangle"), ("green", "circle")]
     scripts = []
     for i, (color, shape) in enumerate(pairs):
         other_color, other = next(p for p in pairs[i + 1 :] + pairs if p[1] != shape)
-        relation = list(data.RELATIONS)[i % 4]
         new_color = [c for c in data.COLORS if (shape, c) in data.SEEN and c != color][i % 4]
         one, two = (shape, color), (other, other_color)
         endings = [(f"what color is the {other}?", other_color)]
-        endings.append((f"make the {shape} {new_color}", ([(shape, new_color), two], None)))
-        endings.append((f"remove the {shape}", ([two], None)))
-        script = [(f"draw {data.noun(*one)}", ([one], None))]
-        script.append(("how many objects are there?", "one"))
-        script.append((f"add {data.noun(*two)} {relation} it", ([two, one], relation)))
+        endings.append((f"make the {shape} {new_color}", [(shape, new_color), two]))
+        endings.append((f"remove the {shape}", [two]))
+        script = [(f"draw {data.noun(*one)}", [one]), ("how many objects are there?", "one")]
+        script.append((f"add {data.noun(*two)} {{}} it", [two, one]))
         scripts.append([*script, endings[i % 3]])
     return scripts
 
 
 def evaluate_dialogues(studio):
-    """Share of the turns that are right, and the number of dialogues right in all turns."""
-    turns, whole = [], 0
-    for script in dialogues():
-        chat, hits = Chat(studio), []
+    """Share of the turns that are right, and the number of dialogues right in all turns. Each is
+    played TIMES, with other noise; left or right, above or below are asked for in turns."""
+    turns, whole, played = [], 0, 0
+    for script in dialogues() * TIMES:
+        chat, hits, side = Chat(studio), [], None
+        chat.seed = 100 * played
+        played += 1
         for text, wanted in script:
-            said, picture = chat.say(text)
+            said, picture = chat.say(text.format(side))
             if isinstance(wanted, str):
                 hits.append(picture is None and said == wanted)
             elif picture is None:
                 hits.append(False)
             else:
-                prompt = se.Prompt(text, "two", tuple(wanted[0]), wanted[1])
-                hits.append(se.judge(prompt, se.find_objects(picture[None])[0]))
+                found = se.find_objects(picture[None])[0]
+                relation = side if "{}" in text else None
+                prompt = se.Prompt(text, "two", tuple(wanted), relation)
+                hits.append(se.judge(prompt, found))
+            if side is None:
+                axis = played % 2
+                near = hits[0] and found[0][2 + axis] < data.SIDE / 2
+                side = SIDES[axis][bool(near)]
         turns += hits
         whole += all(hits)
-    return {"turns": share(turns), "dialogues_right": whole, "dialogues": len(dialogues())}
+    return {"turns": share(turns), "dialogues_right": whole, "dialogues": played}
 
 
 def mmd(a, b):

@@ -60,32 +60,48 @@ def test_real_edits_are_judged_right_and_their_beginnings_wrong():
     assert np.mean([bool(pairs) for pairs in held]) > 0.5
 
 
-@pytest.mark.parametrize("broken", [None, "answer", "picture"])
+@pytest.mark.parametrize("broken", [None, "answer", "picture", "side"])
 def test_a_dialogue_counts_if_every_turn_is_right(monkeypatch, broken):
-    """There are ten of four turns, with pairs of training only."""
+    """There are ten of four turns, with pairs of training only. The side that is asked for has room
+    for the second object: at the first one's centre or beyond."""
 
     class Perfect:
         """Says and draws what the script wants, but for one turn of each dialogue."""
 
         def __init__(self, studio):
-            self.turns = iter(next(scripts))
+            self.turns, self.first = iter(next(scripts)), None
 
         def say(self, text):
             turn, wanted = next(self.turns)
-            assert turn == text
             if isinstance(wanted, str):
+                assert text == turn
                 return ("many" if broken == "answer" else wanted), None
-            assert not data.HELD_OUT & set(wanted[0])
-            pairs = wanted[0][: 1 if broken == "picture" else None]
-            objects = data.place(pairs, rng, wanted[1] if len(pairs) > 1 else None)
+            assert not data.HELD_OUT & set(wanted)
+            side = text.split(turn.partition("{}")[0])[-1].removesuffix(" it")
+            assert text == turn.format(side)
+            pairs = wanted[: 1 if broken == "picture" else None]
+            if "{}" not in turn or len(pairs) < 2:
+                objects = data.place(pairs, rng)
+                self.first = objects[0]
+            else:
+                asked.append(side)
+                opposite = {"left of": "right of", "above": "below"}
+                opposite |= {b: a for a, b in opposite.items()}
+                side = opposite[side] if broken == "side" else side
+                objects = data.place(pairs, rng, side)
+                x, y = self.first[2:4]
+                room = {"left of": x, "right of": 64 - x, "above": y, "below": 64 - y}
+                assert room[asked[-1]] >= 31  # px; the checker's centre may be half a pixel off
             return "plan", data.paint(objects, rng)
 
-    rng, scripts = np.random.default_rng(0), iter(abilities.dialogues())
+    rng, scripts, asked = np.random.default_rng(0), iter(abilities.dialogues() * 2), []
     assert [len(script) for script in abilities.dialogues()] == [4] * 10
     monkeypatch.setattr(abilities, "Chat", Perfect)
+    monkeypatch.setattr(abilities, "TIMES", 2)
     scores = abilities.evaluate_dialogues(None)
-    assert scores["dialogues_right"] == (0 if broken else 10) and scores["dialogues"] == 10
+    assert scores["dialogues_right"] == (0 if broken else 20) and scores["dialogues"] == 20
     assert (scores["turns"] == 1) == (broken is None)
+    assert broken == "picture" or set(asked) == set(data.RELATIONS)
 
 
 def test_mmd_tells_two_distributions_from_one():
@@ -97,6 +113,7 @@ def test_mmd_tells_two_distributions_from_one():
 def test_a_micro_run_gets_all_scores(micro_run, tmp_path, monkeypatch):
     out = tmp_path / "scores.json"
     monkeypatch.setattr(abilities, "TRIPS", 4)
+    monkeypatch.setattr(abilities, "TIMES", 1)
     abilities.main(["--run", str(micro_run), "--out", str(out), "--edits=2"])
     for name in ("edits_seen", "undo", "dialogues_right", "mmd_real", "remove"):
         assert f'"{name}"' in out.read_text()
