@@ -698,9 +698,11 @@ class Backbone(nn.Module):
         return self.trunk(self.queries.expand(len(ids), -1, -1), valid, caches)
 
     @torch.no_grad()
-    def write(self, ids, vectors=None, limit=64, noise=None, temperature=0.5):
+    def write(self, ids, vectors=None, limit=64, noise=None, least=0.5):
         """Continues rows (B, T) that end in an open <bot>, until <eos> or `limit`.
-        Greedily, or with a source of noise (B, 1) by chance: a low temperature sharpens it."""
+        Greedily, or with a source of noise (B, 1) by chance, among the tokens that are at least
+        half as likely as the likeliest (min-p, arXiv 2407.01082). The others are mostly mistakes.
+        """
         caches = [[] for _ in self.trunk.blocks]
         valid = ids != PAD
         x = self.embed(ids, vectors)
@@ -711,9 +713,12 @@ class Backbone(nn.Module):
             logits = self.head(states[:, -1]).float()  # (B, V)
             token = logits.argmax(-1)  # (B,)
             if noise is not None:
-                uniform = torch.special.ndtr(noise())  # the normal distribution's integral
-                token = ((logits / temperature).softmax(-1).cumsum(-1) < uniform).sum(-1)
-                token = token.clamp_max(logits.shape[1] - 1)  # the sum may end below 1
+                p = logits.softmax(-1)
+                p = p * (p >= least * p.amax(-1, keepdim=True))
+                # the integral of the normal distribution makes the noise uniform
+                uniform = torch.special.ndtr(noise()) * p.sum(-1, keepdim=True)
+                token = (p.cumsum(-1) < uniform).sum(-1)
+                token = token.clamp_max(logits.shape[1] - 1)  # rounding
             done = done | (token == EOS)
             written.append(token.masked_fill(done, PAD))
             x = self.words(token)[:, None]

@@ -492,20 +492,25 @@ def test_writing_is_the_loop_over_whole_sequences():
     assert backbone.write(ids, vectors, limit=2) == [text[:2] for text in golden]
 
 
-def test_sampled_writing_follows_the_distribution():
-    """Each token has the share that the softmax gives it; a low temperature is greedy."""
+@pytest.mark.parametrize("least", [0.0, 0.5, 1.0])
+def test_sampled_writing_follows_the_distribution(least):
+    """Each token has the share that the softmax gives it among those that are likely enough; with
+    1 that is the likeliest alone."""
     backbone = build(M.Backbone, 300, 6)
     ids = make_ids("user", "bot")[:1].expand(4000, -1)
     noise = partial(torch.randn, 4000, 1)
     with torch.no_grad():
         backbone.head.weight.mul_(3)
         chances = backbone.head(backbone.states(ids[:1])[:, -1]).softmax(-1)[0]
-    written = backbone.write(ids, limit=1, noise=noise, temperature=1.0)
+    chances[chances < least * chances.max()] = 0
+    written = backbone.write(ids, limit=1, noise=noise, least=least)
     first = torch.tensor([row[0] if row else M.EOS for row in written])
     shares = torch.bincount(first, minlength=300) / 4000
-    assert (shares - chances).abs().max() < 5 * 0.5 / 4000**0.5
-    cold = backbone.write(ids[:9], limit=5, noise=partial(torch.randn, 9, 1), temperature=1e-4)
-    assert cold == backbone.write(ids[:9], limit=5)
+    assert (shares[chances == 0] == 0).all()
+    assert (shares - chances / chances.sum()).abs().max() < 5 * 0.5 / 4000**0.5
+    if least == 1:
+        greedy = backbone.write(ids[:9], limit=5)
+        assert backbone.write(ids[:9], limit=5, noise=partial(torch.randn, 9, 1), least=1) == greedy
 
 
 def test_a_source_takes_the_place_of_the_guess():
