@@ -74,11 +74,11 @@ class Config:
     decoder_width: int = 128  # width of the decoder
     decoder_depth: int = 4  # blocks of the decoder
     clip_steps: int = 600  # steps of stage clip
-    vae_steps: int = 1000  # steps of stage vae
-    decode_steps: int = 800  # steps of stage decode
-    understand_steps: int = 1600  # steps of stage understand
-    generate_steps: int = 200  # steps of stage generate
-    tune_steps: int = 700  # steps of stage tune
+    vae_steps: int = 1200  # steps of stage vae
+    decode_steps: int = 1100  # steps of stage decode
+    understand_steps: int = 2000  # steps of stage understand
+    generate_steps: int = 300  # steps of stage generate
+    tune_steps: int = 1500  # steps of stage tune
     clip_batch: int = 24  # images a step of stage clip
     vae_batch: int = 16  # images a step of stage vae
     decode_batch: int = 32  # images a step of stage decode
