@@ -151,11 +151,17 @@ def understand_batch(run, ids, rng):
         else:
             rows.append(prompt(run, i, rng, 0.5))
     if not seen:
-        rows = [[r[1], ("given", r[2][1]), *r[3:]] if r[0][0] == "image" else r for r in rows]
+        rows = [told(row) if row[0] == ("image", None) else row for row in rows]
     sequences, learn = run.sequences(rows)
     swap_words(run, sequences, learn, rng)
     batch = {"ids": sequences, "learn": learn}
     return batch | {"vectors": run.cached("clip", ids)} if seen else batch
+
+
+def told(row):
+    """A row whose picture is only told: its plan, which no picture shows, is given."""
+    _, question, (_, plan), *rest = row
+    return [question, ("given", plan), *rest]
 
 
 def swap_words(run, ids, learn, rng):
@@ -166,7 +172,8 @@ def swap_words(run, ids, learn, rng):
         # a copy has its source in the prompt, or in the first answer of a row with a picture
         first = (row == M.EOS).cumsum(0) == 0
         source = learned & first if M.IMAGE in row else ~learned
-        for word in run.names & set(row[source].tolist()) & set(row[learned & ~source].tolist()):
+        copies = learned & ~source
+        for word in run.names & set(row[source].tolist()) & set(row[copies].tolist()):
             if rng.random() < 0.3:
                 learned[source & (row == word)] = False  # no picture shows the other word
                 row[row == word] = int(rng.choice(run.spare))
@@ -174,14 +181,17 @@ def swap_words(run, ids, learn, rng):
 
 def look(text):
     """A picture, and what stands where in it if that is known: what follows need only read this."""
-    plan = text.get("plan")
-    return [("image", None), *([("user", D.LOCATE), ("bot", plan)] if plan else [])]
+    row = [("image", None)]
+    if text.get("plan"):
+        row += [("user", D.LOCATE), ("bot", text["plan"])]
+    return row
 
 
 def dialogue(text, rng):
     """Up to four questions about a picture, then its caption, which could answer them."""
-    row = look(text)
-    pairs = [*text["qa"], *([[D.LOCATE, text["plan"]]] if text.get("plan") else [])]
+    row, pairs = look(text), list(text["qa"])
+    if text.get("plan"):
+        pairs.append([D.LOCATE, text["plan"]])
     for i in rng.permutation(len(pairs))[:4]:
         question, answer = pairs[i]
         row += [("user", question), ("bot", answer)]
