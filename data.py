@@ -299,6 +299,7 @@ def scene_texts(prompt, objects, rng):
 
 
 COLUMNS = "abcdefgh"
+CELLS = {f"{column}{row}" for column in COLUMNS for row in range(1, 9)}
 # what `plan` writes
 PLAN = re.compile(rf"(({'|'.join(SHAPES)}) ({'|'.join(COLORS)}) [a-h][1-8](; )?)+")
 

@@ -257,6 +257,8 @@ def draw(studio, picture, vectors):
         text, _, plan = prompt.rpartition(" | ")
         plan = D.tidy(plan)
         if not text or not D.PLAN.fullmatch(plan):
+            if text and plan[-2:] in D.CELLS:
+                raise ValueError(f"{plan!r}: expected a plan as in 'circle red c4; square blue f2'")
             text, plan = prompt, None
         seeds = range(s.seed + n * s.count, s.seed + (n + 1) * s.count)
         texts, own = [text] * s.count, None

@@ -317,6 +317,14 @@ def test_a_chat_can_begin_with_a_picture(micro_run, picture, monkeypatch):
     assert rows[0][3:] == [("user", "how many?"), ("bot", None)] and given is vectors
 
 
+@pytest.mark.parametrize("plan", ["red circle c4", "circle red c4; c5", "circle pink a1"])
+def test_a_line_that_is_nearly_a_plan_is_refused(micro_run, tmp_path, capsys, plan):
+    """What ends in no cell is text; see above."""
+    with pytest.raises(SystemExit, match="2"):
+        draw(micro_run, tmp_path / "x.png", f"a circle | {plan}")
+    assert plan in capsys.readouterr().err and not (tmp_path / "x.png").exists()
+
+
 @pytest.mark.parametrize("words", [[], [""], ["a circle", " . "]])
 def test_nothing_to_do_and_empty_prompts_are_refused(micro_run, tmp_path, capsys, words):
     with pytest.raises(SystemExit, match="2"):
