@@ -113,6 +113,7 @@ def lock(folder):
 # ------------------------------------------------------------------------------------- the world
 
 SIDE = 64  # px
+TEXTS = 3  # version of the texts of scenes
 BACKGROUND = (244, 244, 244)
 TALL = 3**0.5 / 2  # height of the triangle divided by its width
 
@@ -613,6 +614,8 @@ class PreparedSet:
         except Exception as error:
             wrong = f"{path.name} is missing or damaged: delete it and run data.py again"
             raise ValueError(f"{folder} is not a finished set, {wrong}") from error
+        if self.facts.get("kind") == "shapes" and self.facts.get("texts") != TEXTS:
+            raise ValueError(f"{folder} has texts of another version: delete and prepare it")
         hashes = [crc for part in self.parts for crc in part["hashes"].tolist()]
         different = np.unique(hashes)
         if len(different) < 2:
@@ -642,7 +645,8 @@ class Shapes:
 
     def prepare(self):
         """Draws the scenes -> PreparedSet."""
-        settings = {"kind": "shapes", "texts": 3, "side": SIDE, "channels": None, **asdict(self)}
+        settings = {"kind": "shapes", "texts": TEXTS, "side": SIDE, "channels": None}
+        settings |= asdict(self)
         parts = {f"part-{i // 1000:05d}.safetensors": i for i in range(0, self.count, 1000)}
         return prepare(settings, parts, self.read)
 

@@ -701,7 +701,8 @@ class Backbone(nn.Module):
     def write(self, ids, vectors=None, limit=64, noise=None, least=0.5):
         """Continues rows (B, T) that end in an open <bot>, until <eos> or `limit`.
         Greedily, or with a source of noise (B, 1) by chance, among the tokens that are at least
-        half as likely as the likeliest (min-p, arXiv 2407.01082). The others are mostly mistakes.
+        `least` times as likely as the likeliest (min-p, arXiv 2407.01082). The others are mostly
+        mistakes.
         """
         caches = [[] for _ in self.trunk.blocks]
         valid = ids != PAD
@@ -718,7 +719,7 @@ class Backbone(nn.Module):
                 # the integral of the normal distribution makes the noise uniform
                 uniform = torch.special.ndtr(noise()) * p.sum(-1, keepdim=True)
                 token = (p.cumsum(-1) < uniform).sum(-1)
-                token = token.clamp_max(logits.shape[1] - 1)  # rounding
+                token = token.clamp_max(logits.shape[1] - 1)  # the sum may end below 1
             done = done | (token == EOS)
             written.append(token.masked_fill(done, PAD))
             x = self.words(token)[:, None]

@@ -138,7 +138,8 @@ def decode_loss(model, generator, latents, vectors):
 
 def understand_batch(run, ids, rng):
     """Dialogues about pictures, and changes to make of them. In half of the steps the pictures are
-    only told, by their plans, which costs a third of the time, and prompts stand beside."""
+    only told, by their plans, which takes a third of the time. Prompts stand beside them.
+    Photos have no plans: in those steps their captions are prompts."""
     rows, seen = [], rng.random() < 0.5
     for i in ids:
         text, chance = run.data.texts[i], rng.random()

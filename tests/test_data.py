@@ -115,6 +115,14 @@ def test_a_plan_after_an_edit_keeps_the_order_before_and_ends_with_what_is_new()
     assert data.in_order("square blue c4; circle red f6", before) == "square blue c4; circle red f6"
 
 
+def test_a_set_with_older_texts_is_refused(tmp_path):
+    data.Shapes(out=str(tmp_path), count=4).prepare()
+    note = tmp_path / "settings.json"
+    note.write_text(note.read_text().replace('"texts": 3', '"texts": 2'))
+    with pytest.raises(ValueError, match="another version"):
+        data.PreparedSet(tmp_path)
+
+
 def test_a_plan_of_equal_objects_keeps_the_places():
     rng, seen = np.random.default_rng(0), set()
     for _ in range(300):
