@@ -300,9 +300,8 @@ def scene_texts(prompt, objects, rng):
 
 
 COLUMNS = "abcdefgh"
-CELLS = {f"{column}{row}" for column in COLUMNS for row in range(1, 9)}
-# what `plan` writes
-PLAN = re.compile(rf"(({'|'.join(SHAPES)}) ({'|'.join(COLORS)}) [a-h][1-8](; )?)+")
+CELL = f"[{COLUMNS}][1-8]"  # a pattern, as PLAN, which is that of what `plan` writes
+PLAN = re.compile(rf"(({'|'.join(SHAPES)}) ({'|'.join(COLORS)}) {CELL}(; )?)+")
 
 
 def plan(objects):
@@ -357,8 +356,7 @@ def questions(objects, links, rng):
 
 
 def alike(plan, rng):
-    """The places of a plan, with objects of one kind; -> (the prompt that asks for them, plan).
-    No held-out pair occurs."""
+    """Equal objects at a plan's places: -> (their prompt, their plan). No held-out pair occurs."""
     shape, color = SEEN[rng.integers(len(SEEN))]
     cells = [line[-2:] for line in plan.split("; ")]
     lines = [f"{shape} {color} {cell}" for cell in cells]
@@ -366,14 +364,14 @@ def alike(plan, rng):
 
 
 def in_order(plan, text):
-    """The lines of a plan in the order in which a text has them or names their objects: a prompt,
-    or the plan of a picture to edit. "" without a plan."""
-    lines, places = plan.split("; ") if plan else [], {}
-    for line in lines:
+    """The lines of a plan in the order in which a text has or names them. "" without a plan."""
+
+    def found(line):
         shape, color, _ = line.split()
         # what is not named, -1, comes last
-        places[line] = [text.find(w) % 10**6 for w in (line, f"{color} {shape}", shape)]
-    return "; ".join(sorted(lines, key=places.get))
+        return [text.find(w) % 10**6 for w in (line, f"{color} {shape}", shape)]
+
+    return "; ".join(sorted(plan.split("; "), key=found)) if plan else ""
 
 
 # ------------------------------------------------------------------------------- towers of timm
@@ -645,10 +643,9 @@ class Shapes:
 
     def prepare(self):
         """Draws the scenes -> PreparedSet."""
-        settings = {"kind": "shapes", "texts": TEXTS, "side": SIDE, "channels": None}
-        settings |= asdict(self)
+        facts = {"kind": "shapes", "texts": TEXTS, "side": SIDE, "channels": None} | asdict(self)
         parts = {f"part-{i // 1000:05d}.safetensors": i for i in range(0, self.count, 1000)}
-        return prepare(settings, parts, self.read)
+        return prepare(facts, parts, self.read)
 
     def read(self, start):
         rng = np.random.default_rng([self.seed, start])

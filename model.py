@@ -701,9 +701,7 @@ class Backbone(nn.Module):
     def write(self, ids, vectors=None, limit=64, noise=None, least=0.5):
         """Continues rows (B, T) that end in an open <bot>, until <eos> or `limit`.
         Greedily, or with a source of noise (B, 1) by chance, among the tokens that are at least
-        `least` times as likely as the likeliest (min-p, arXiv 2407.01082). The others are mostly
-        mistakes.
-        """
+        `least` times as likely as the likeliest: others are mistakes (min-p, arXiv 2407.01082)."""
         caches = [[] for _ in self.trunk.blocks]
         valid = ids != PAD
         x = self.embed(ids, vectors)

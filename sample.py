@@ -11,6 +11,7 @@ Without --run the newest run below out/ is used, else the weights that come alon
 business of tests/shapeseval.py.
 """
 
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,12 +103,11 @@ class Studio:
 
     def look(self, vectors):
         """Pictures (B, N, C) -> rows that begin with one and with what the backbone sees where."""
-        rows = [[("image", None)] for _ in vectors]
         if self.facts["kind"] != "shapes":  # other pictures have no plans
-            return rows
-        rows = [[*row, ("user", D.LOCATE)] for row in rows]
-        seen = self.write([[*row, ("bot", None)] for row in rows], vectors)
-        return [[*row, ("bot", plan)] for row, plan in zip(rows, seen)]
+            return [[("image", None)] for _ in vectors]
+        row = [("image", None), ("user", D.LOCATE)]
+        seen = self.write([[*row, ("bot", None)]] * len(vectors), vectors)
+        return [[*row, ("bot", plan)] for plan in seen]
 
     def begin(self, prompts, vectors=None):
         """Rows that end in prompts, each about a picture if there are vectors."""
@@ -250,16 +250,21 @@ def sample(s):
         print(*studio.answer(vectors, [s.ask]))
 
 
+def split_plan(prompt):
+    """PROMPT | PLAN -> (prompt, plan), else (prompt, None). ValueError if a plan has a mistake."""
+    text, _, plan = prompt.rpartition(" | ")
+    plan = D.tidy(plan)
+    if text and D.PLAN.fullmatch(plan):
+        return text, plan
+    if text and re.search(f"{D.CELL}$", plan):
+        raise ValueError(f"{plan!r}: expected a plan as in 'circle red c4; square blue f2'")
+    return prompt, None
+
+
 def draw(studio, picture, vectors):
     """A row of pictures for each prompt; edits stand after the picture that they change."""
     s, rows = studio.settings, []
-    for n, prompt in enumerate(s.prompts):
-        text, _, plan = prompt.rpartition(" | ")
-        plan = D.tidy(plan)
-        if not text or not D.PLAN.fullmatch(plan):
-            if text and plan[-2:] in D.CELLS:
-                raise ValueError(f"{plan!r}: expected a plan as in 'circle red c4; square blue f2'")
-            text, plan = prompt, None
+    for n, (text, plan) in enumerate([split_plan(prompt) for prompt in s.prompts]):
         seeds = range(s.seed + n * s.count, s.seed + (n + 1) * s.count)
         texts, own = [text] * s.count, None
         if vectors is not None:

@@ -137,9 +137,9 @@ def decode_loss(model, generator, latents, vectors):
 
 
 def understand_batch(run, ids, rng):
-    """Dialogues about pictures, and changes to make of them. In half of the steps the pictures are
-    only told, by their plans, which takes a third of the time. Prompts stand beside them.
-    Photos have no plans: in those steps their captions are prompts."""
+    """Dialogues about pictures, and changes to make of them. In half of the steps plans stand for
+    the pictures, which takes a third of the time. These have prompts too, for photos nothing else.
+    """
     rows, seen = [], rng.random() < 0.5
     for i in ids:
         text, chance = run.data.texts[i], rng.random()
@@ -160,15 +160,15 @@ def understand_batch(run, ids, rng):
 
 
 def told(row):
-    """A row whose picture is only told: its plan, which no picture shows, is given."""
+    """The row without its picture. Its plan is given as text, and no longer carries loss."""
     _, question, (_, plan), *rest = row
     return [question, ("given", plan), *rest]
 
 
 def swap_words(run, ids, learn, rng):
-    """Replaces 30 % of the names that are copied, of shapes and colors, by another word: those of a
-    prompt in its plan, those that are seen in a picture in all that follows. So the backbone learns
-    to copy what is said and not what is usual, also pairs it has never seen."""
+    """Replaces 30 % of the copied names of shapes and colors by other words, in the whole row.
+    A plan copies names from its prompt. On a picture, all that follows copies them from its plan.
+    So the backbone learns to copy what is said and not what is usual, also pairs it never saw."""
     for row, learned in zip(ids, learn):
         # a copy has its source in the prompt, or in the first answer of a row with a picture
         first = (row == M.EOS).cumsum(0) == 0
@@ -181,7 +181,7 @@ def swap_words(run, ids, learn, rng):
 
 
 def look(text):
-    """A picture, and what stands where in it if that is known: what follows need only read this."""
+    """A picture, then its plan if it has one. What follows need only read the plan."""
     row = [("image", None)]
     if text.get("plan"):
         row += [("user", D.LOCATE), ("bot", text["plan"])]
@@ -209,7 +209,7 @@ def prompt(run, i, rng, broad_share):
 
 
 def count(plan, rng):
-    """Equal objects, at the places of a plan. Pictures seldom show them: words alone teach this."""
+    """A prompt for equal objects. Pictures seldom show them, so words alone teach to plan them."""
     said, plan = D.alike(plan, rng)
     return planned([("user", said)], plan, rng)
 

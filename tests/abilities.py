@@ -123,12 +123,11 @@ def dialogues():
 
 def evaluate_dialogues(studio):
     """Share of the turns that are right, and the number of dialogues right in all turns. Each is
-    played TIMES, with other noise; left or right, above or below are asked for in turns."""
-    turns, whole, played = [], 0, 0
-    for script in dialogues() * TIMES:
+    played TIMES, with other noise. Half of the scripts ask for above or below, half for a side."""
+    turns, whole, scripts = [], 0, dialogues() * TIMES
+    for n, script in enumerate(scripts):
         chat, hits, side = Chat(studio), [], None
-        chat.seed = 100 * played
-        played += 1
+        chat.seed = 100 * n
         for text, wanted in script:
             said, picture = chat.say(text.format(side))
             if isinstance(wanted, str):
@@ -141,12 +140,12 @@ def evaluate_dialogues(studio):
                 prompt = se.Prompt(text, "two", tuple(wanted), relation)
                 hits.append(se.judge(prompt, found))
             if side is None:
-                axis = played % 2
+                axis = 1 - n % 2
                 near = hits[0] and found[0][2 + axis] < data.SIDE / 2
                 side = SIDES[axis][bool(near)]
         turns += hits
         whole += all(hits)
-    return {"turns": share(turns), "dialogues_right": whole, "dialogues": played}
+    return {"turns": share(turns), "dialogues_right": whole, "dialogues": len(scripts)}
 
 
 def mmd(a, b):

@@ -318,10 +318,11 @@ def test_a_chat_can_begin_with_a_picture(micro_run, picture, monkeypatch):
 
 
 @pytest.mark.parametrize("plan", ["red circle c4", "circle red c4; c5", "circle pink a1"])
-def test_a_line_that_is_nearly_a_plan_is_refused(micro_run, tmp_path, capsys, plan):
-    """What ends in no cell is text; see above."""
+def test_a_line_that_is_nearly_a_plan_is_refused(micro_run, tmp_path, capsys, monkeypatch, plan):
+    """Before anything is drawn. What ends in no cell is text; see above."""
+    monkeypatch.delattr(sample.Studio, "draw")
     with pytest.raises(SystemExit, match="2"):
-        draw(micro_run, tmp_path / "x.png", f"a circle | {plan}")
+        draw(micro_run, tmp_path / "x.png", "a square", f"a circle | {plan}")
     assert plan in capsys.readouterr().err and not (tmp_path / "x.png").exists()
 
 

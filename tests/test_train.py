@@ -270,6 +270,23 @@ def test_names_seen_in_a_picture_are_swapped_where_they_are_copied(prepared):
     assert 15 < swapped < 45
 
 
+def test_names_of_a_given_plan_are_swapped_with_their_copies(prepared):
+    """All that is learned stays so: the plan carries no loss."""
+    run, rng, swapped = prepared(), np.random.default_rng(0), 0
+    row = [*start({"plan": "circle red c4; square blue f2"})]
+    row = train.told([*row, ("user", "what color is the circle?"), ("bot", "red")])
+    (red,) = run.tokenizer.encode("red")
+    for _ in range(100):
+        ids, learn = run.sequences([row])
+        before, told = ids.clone(), learn.clone()
+        train.swap_words(run, ids, learn, rng)
+        changed = ids[0] != before[0]
+        assert torch.equal(learn, told) and changed.sum() in (0, 2)
+        assert len(set(ids[0][before[0] == red].tolist())) == 1  # in the plan and in the answer
+        swapped += bool(changed.any())
+    assert 15 < swapped < 45
+
+
 def test_equal_captions_are_no_negatives(prepared):
     run = prepared()
     for i, caption in enumerate(["a circle", "a square", "a circle"]):
