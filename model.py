@@ -108,8 +108,8 @@ HEAD_DIM = 32  # width of an attention head, everywhere
 def attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(E)) v: (B, H, T, E), two of (B, H, M, E) -> (B, H, T, E).
     mask (B, 1, T, M) is true where a query may look."""
-    # Compiled for a CPU in bf16, a step with the fused kernel takes twice as long as the formula.
-    if q.device.type != "cpu" or not torch.compiler.is_compiling():
+    # on a CPU the fused kernel is slow in training, compiled or not
+    if q.device.type != "cpu" or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, M)
     if mask is not None:
@@ -396,15 +396,12 @@ def first_guess(dit, x_t, t, cond, source=None):
     """A first call's guess of the data for half of the prompts. The others get zeros, so that the
     net also learns to start without a guess. The last rows get their source if they have one."""
     guess = torch.zeros_like(x_t)
-    rows = len(x_t)
-    if source is not None:
-        rows -= len(source)
-        guess[rows:] = source
-    draws = len(x_t) // len(cond)
-    prompts = (rows // draws + 1) // 2
-    rows = prompts * draws
-    v = velocity(dit, x_t[:rows], t[:rows], cond[:prompts])
+    half, _ = cond.tensor_split(2)
+    rows = len(half) * (len(x_t) // len(cond))
+    v = velocity(dit, x_t[:rows], t[:rows], half)
     guess[:rows] = x_t[:rows] + (1 - t[:rows, None, None]) * v
+    if source is not None:
+        guess[len(x_t) - len(source) :] = source
     return guess
 
 
@@ -695,7 +692,7 @@ class Backbone(nn.Module):
         caches = [[] for _ in self.trunk.blocks]
         with torch.no_grad():
             self.trunk(self.embed(ids[:, :-count], vectors), valid[:, :-count], caches)
-        return self.trunk(self.queries.expand(len(ids), -1, -1), valid, caches)
+        return self.trunk(self.queries.repeat(len(ids), 1, 1), valid, caches)
 
     @torch.no_grad()
     def write(self, ids, vectors=None, limit=64, noise=None, least=0.5):

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file
+from timm.layers import set_fused_attn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -74,16 +75,16 @@ class Config:
     decoder_width: int = 128  # width of the decoder
     decoder_depth: int = 4  # blocks of the decoder
     clip_steps: int = 600  # steps of stage clip
-    vae_steps: int = 1200  # steps of stage vae
-    decode_steps: int = 1100  # steps of stage decode
-    understand_steps: int = 2000  # steps of stage understand
-    generate_steps: int = 300  # steps of stage generate
-    tune_steps: int = 1500  # steps of stage tune
+    vae_steps: int = 1000  # steps of stage vae
+    decode_steps: int = 1000  # steps of stage decode
+    understand_steps: int = 1600  # steps of stage understand
+    generate_steps: int = 200  # steps of stage generate
+    tune_steps: int = 1200  # steps of stage tune
     clip_batch: int = 24  # images a step of stage clip
     vae_batch: int = 16  # images a step of stage vae
     decode_batch: int = 32  # images a step of stage decode
     understand_batch: int = 24  # sequences a step of stage understand
-    generate_batch: int = 32  # prompts a step of stages generate and tune
+    generate_batch: int = 28  # prompts a step of stages generate and tune
     generate_draws: int = 4  # noise draws for each prompt, which share a pass of the backbone
     accumulate: int = 1  # parts of a batch, one after another
     generate_shift: float = 2.0  # schedule shift in training; above 1 more times near noise
@@ -137,26 +138,25 @@ def decode_loss(model, generator, latents, vectors):
 
 
 def understand_batch(run, ids, rng):
-    """Dialogues about pictures, and changes to make of them. In half of the steps plans stand for
-    the pictures, which takes a third of the time. These have prompts too, for photos nothing else.
-    """
-    rows, seen = [], rng.random() < 0.5
-    for i in ids:
-        text, chance = run.data.texts[i], rng.random()
-        if text.get("edits") and chance < 0.4:
-            rows.append(edit(run, i, rng)[0])
-        elif seen or text.get("plan") and chance < 0.5:
-            rows.append(dialogue(text, rng))
-        elif text.get("plan") and chance > 0.9:
-            rows.append(count(text["plan"], rng))
-        else:
-            rows.append(prompt(run, i, rng, 0.5))
-    if not seen:
-        rows = [told(row) if row[0] == ("image", None) else row for row in rows]
+    """Rows of one task, since these are about equally long: dialogues about pictures and changes
+    to make of them; the same with plans in place of pictures; prompts. Photos have no plans."""
+    task = rng.choice(["see", "prompt", "told"][: 3 if run.data.texts[0].get("plan") else 2])
+    make = request if task == "prompt" else about
+    rows = [make(run, i, rng) for i in ids]
+    if task == "told":
+        rows = [told(row) for row in rows]
     sequences, learn = run.sequences(rows)
     swap_words(run, sequences, learn, rng)
     batch = {"ids": sequences, "learn": learn}
-    return batch | {"vectors": run.cached("clip", ids)} if seen else batch
+    return batch | {"vectors": run.cached("clip", ids)} if task == "see" else batch
+
+
+def about(run, i, rng):
+    """A row about picture i: a change to make of it, if there is one, or a dialogue."""
+    text = run.data.texts[i]
+    if text.get("edits") and rng.random() < 0.4:
+        return edit(run, i, rng)[0]
+    return dialogue(text, rng)
 
 
 def told(row):
@@ -208,10 +208,14 @@ def prompt(run, i, rng, broad_share):
     return planned([("user", said)], D.in_order(text.get("plan"), said), rng)
 
 
-def count(plan, rng):
-    """A prompt for equal objects. Pictures seldom show them, so words alone teach to plan them."""
-    said, plan = D.alike(plan, rng)
-    return planned([("user", said)], plan, rng)
+def request(run, i, rng):
+    """A prompt without a picture to draw. A fifth are for equal objects, which pictures seldom
+    show: words alone teach to plan them."""
+    plan = run.data.texts[i].get("plan")
+    if plan and rng.random() < 0.2:
+        said, plan = D.alike(plan, rng)
+        return planned([("user", said)], plan, rng)
+    return prompt(run, i, rng, 0.5)
 
 
 def edit(run, i, rng):
@@ -412,7 +416,9 @@ def encoded(run, name, ids):
             yield run.data.rows("features", some).to(run.device).float()
         else:
             pixels = M.to_pixels(run.data.rows("images", some).to(run.device))
-            yield model.clip.vectors(pixels) if name == "clip" else model.vae.encode(pixels)
+            with run.autocast:
+                made = model.clip.vectors(pixels) if name == "clip" else model.vae.encode(pixels)
+            yield made.float()
 
 
 # ---------------------------------------------------------------------------------- the optimisers
@@ -473,6 +479,7 @@ def orthogonalise(matrices, dtype, steps=5):
 def choose_machine(c):
     """Where and how to compute: device, autocast dtype (None is fp32), whether to compile."""
     device = D.find_device(c.device)
+    set_fused_attn(device.type != "cpu")  # as in model.attention
     card = (0, 0)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -615,9 +622,8 @@ class Run:
     def ready(self, item):
         """A batch and its seed -> the noise's generator, the batch on the device."""
         batch, seed = item
-        generator = torch.Generator(self.device).manual_seed(seed)
-        batch = {k: x.to(self.device, non_blocking=x.is_pinned()) for k, x in batch.items()}
-        return generator, batch
+        source = torch.Generator(self.device).manual_seed(seed)
+        return source, {k: x.to(self.device, non_blocking=x.is_pinned()) for k, x in batch.items()}
 
     def sequences(self, rows):
         return M.build_sequences(self.tokenizer, rows, self.config.tokens, self.config.queries)

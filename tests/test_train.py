@@ -331,7 +331,7 @@ def test_the_layouts_of_all_tasks_are_those_of_the_results(prepared):
     run.sequences = lambda some: rows.extend(some) or train.Run.sequences(run, some)
     for share in (0, 1):
         with patch.object(train, "PLANNED", share):
-            for _ in range(20):
+            for _ in range(40):
                 train.understand_batch(run, alone, rng)
     shown = re.findall(r"^    (<bos>.*)", (ROOT / "notebooks/results.md").read_text(), re.M)
     made = {*map(layout, rows)}
@@ -339,31 +339,33 @@ def test_the_layouts_of_all_tasks_are_those_of_the_results(prepared):
 
 
 def test_understanding_learns_from_prompts_dialogues_and_edits(prepared):
-    """Half of the steps have pictures. In the others plans stand for them, beside prompts and equal
-    objects. Photos, which have no plans, have captions alone."""
-    run, rng, rows = prepared(), np.random.default_rng(0), {True: [], False: []}
+    """A third of the steps has pictures. In another plans stand for them. The last has prompts, a
+    fifth for equal objects. Photos, which have no plans, have captions alone."""
+    run, rng, rows = prepared(), np.random.default_rng(0), {"image": [], "given": [], "bot": []}
     run.sequences = lambda some: kept.append(some) or train.Run.sequences(run, some)
     for _ in range(300):
         kept = []
         batch = train.understand_batch(run, rng.choice(run.data.train_ids, 4), rng)
-        rows["vectors" in batch] += kept[0]
+        (made,) = kept
+        about = {"image", "given"} & {role for row in made for role, _ in row[:2]}
+        assert ("vectors" in batch) == ("image" in about)
+        rows[about.pop() if about else "bot"] += made
     edits = np.mean([bool(run.data.texts[i]["edits"]) for i in run.data.train_ids])
-    assert 500 < len(rows[True]) < 700
     plans = {text["plan"] for text in run.data.texts}
-    for seen, some in rows.items():
-        queries = [row for row in some if row[-1] == ("queries", None)]
-        pictures = [row for row in some if len(row) > 3]
-        changes = [row for row in queries if len(row) > 3]
+    for task, some in rows.items():
+        assert 300 < len(some) < 500  # of 1,200
+        changes = [row for row in some if row[-1] == ("queries", None)]
+        if task == "bot":
+            assert len(changes) == len(some) and max(map(len, some)) == 3
+            counted = np.mean([row[0][1].split()[0] in data.NUMBERS[2:] for row in some])
+            assert 0.15 < counted < 0.5
+            continue
         assert abs(len(changes) / len(some) - 0.4 * edits) < 0.06
-        if seen:
-            assert len(pictures) == len(some) and {row[0][0] for row in some} == {"image"}
+        if task == "image":
+            assert {row[0] for row in some} == {("image", None)}
         else:
-            assert {row[0][0] for row in some} == {"user"}
-            assert all(r[0][1] == data.LOCATE and r[1][0] == "given" for r in pictures)
-            assert all(r[1][1] in plans for r in pictures)
-            asked = [row[0][1] for row in queries if len(row) <= 3]
-            counted = np.mean([text.split()[0] in data.NUMBERS[2:] for text in asked])
-            assert 0.1 < counted < 0.5 and len(asked) > 150
+            assert {row[0] for row in some} == {("user", data.LOCATE)}
+            assert all(row[1][1] in plans for row in some)
     run.data.texts[:] = [{"caption": "a cat", "clean": None, "qa": []}] * len(run.data.texts)
     for _ in range(20):
         kept = []
