@@ -108,7 +108,7 @@ HEAD_DIM = 32  # width of an attention head, everywhere
 def attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(E)) v: (B, H, T, E), two of (B, H, M, E) -> (B, H, T, E).
     mask (B, 1, T, M) is true where a query may look."""
-    # on a CPU the fused kernel is slow in training, compiled or not
+    # on a CPU in bf16 the fused kernel's gradients take longer than the formula's
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, M)
@@ -393,8 +393,8 @@ def flow_loss(dit, x, cond, generator, shift=1.0, source=None):
 
 @torch.no_grad()
 def first_guess(dit, x_t, t, cond, source=None):
-    """A first call's guess of the data for half of the prompts. The others get zeros, so that the
-    net also learns to start without a guess. The last rows get their source if they have one."""
+    """A first call's guess of the data for the first half of the prompts. The others get zeros: the
+    net also learns to start without a guess. The last rows have their source if they have one."""
     guess = torch.zeros_like(x_t)
     half, _ = cond.tensor_split(2)
     rows = len(half) * (len(x_t) // len(cond))

@@ -84,7 +84,7 @@ class Config:
     vae_batch: int = 16  # images a step of stage vae
     decode_batch: int = 32  # images a step of stage decode
     understand_batch: int = 24  # sequences a step of stage understand
-    generate_batch: int = 28  # prompts a step of stages generate and tune
+    generate_batch: int = 28  # prompts a step of generate and tune; 32 compile longer, see findings
     generate_draws: int = 4  # noise draws for each prompt, which share a pass of the backbone
     accumulate: int = 1  # parts of a batch, one after another
     generate_shift: float = 2.0  # schedule shift in training; above 1 more times near noise
@@ -138,8 +138,8 @@ def decode_loss(model, generator, latents, vectors):
 
 
 def understand_batch(run, ids, rng):
-    """Rows of one task, since these are about equally long: dialogues about pictures and changes
-    to make of them; the same with plans in place of pictures; prompts. Photos have no plans."""
+    """Rows of one task, which have about one length: questions and edits on pictures; the same with
+    plans in place of pictures; prompts. Photos have no plans."""
     task = rng.choice(["see", "prompt", "told"][: 3 if run.data.texts[0].get("plan") else 2])
     make = request if task == "prompt" else about
     rows = [make(run, i, rng) for i in ids]
@@ -152,7 +152,7 @@ def understand_batch(run, ids, rng):
 
 
 def about(run, i, rng):
-    """A row about picture i: a change to make of it, if there is one, or a dialogue."""
+    """A row about picture i: an edit in 40 % of the cases that have one, else a dialogue."""
     text = run.data.texts[i]
     if text.get("edits") and rng.random() < 0.4:
         return edit(run, i, rng)[0]
@@ -167,7 +167,7 @@ def told(row):
 
 def swap_words(run, ids, learn, rng):
     """Replaces 30 % of the copied names of shapes and colors by other words, in the whole row.
-    A plan copies names from its prompt. On a picture, all that follows copies them from its plan.
+    A plan copies names from its prompt. On a picture, answers copy them from its plan.
     So the backbone learns to copy what is said and not what is usual, also pairs it never saw."""
     for row, learned in zip(ids, learn):
         # a copy has its source in the prompt, or in the first answer of a row with a picture
@@ -209,8 +209,7 @@ def prompt(run, i, rng, broad_share):
 
 
 def request(run, i, rng):
-    """A prompt without a picture to draw. A fifth are for equal objects, which pictures seldom
-    show: words alone teach to plan them."""
+    """A prompt to plan alone. A fifth ask for equal objects, which pictures seldom show."""
     plan = run.data.texts[i].get("plan")
     if plan and rng.random() < 0.2:
         said, plan = D.alike(plan, rng)
@@ -343,7 +342,7 @@ def train_stage(run, name):
     model.load_state_dict(averages, strict=False)
     held = Batches(run, name, run.data.val_ids)
     with torch.no_grad(), run.autocast, torch.compiler.set_stance("force_eager"):
-        losses = [model(stage.loss, *run.ready(held[i])).item() for i in range(4)]
+        losses = [model(stage.loss, *run.ready(held[i])).item() for i in range(12)]
     print(f"stage {name}: validation loss {np.mean(losses):.4f}")
 
 
@@ -416,7 +415,7 @@ def encoded(run, name, ids):
             yield run.data.rows("features", some).to(run.device).float()
         else:
             pixels = M.to_pixels(run.data.rows("images", some).to(run.device))
-            with run.autocast:
+            with run.autocast:  # half the time; the rounding is far below the decoder's noise
                 made = model.clip.vectors(pixels) if name == "clip" else model.vae.encode(pixels)
             yield made.float()
 
@@ -479,7 +478,7 @@ def orthogonalise(matrices, dtype, steps=5):
 def choose_machine(c):
     """Where and how to compute: device, autocast dtype (None is fp32), whether to compile."""
     device = D.find_device(c.device)
-    set_fused_attn(device.type != "cpu")  # as in model.attention
+    set_fused_attn(device.type != "cpu")  # slow in training there, see model.attention
     card = (0, 0)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -588,9 +587,7 @@ class Run:
 
     def save(self, stage, step=0, averages=None, keepers=()):
         """The one checkpoint of a run, whole or not at all: a kill leaves the one before.
-
-        KeyboardInterrupt(exit code) after it if a signal has come, see `stop`.
-        """
+        KeyboardInterrupt(exit code) after it if a signal has come, see `stop`."""
         self.progress = {"stage": stage, "step": step, "averages": averages or {}}
         self.progress["states"] = [keeper.state_dict() for keeper in keepers]
         self.progress["seconds"] = self.seconds
