@@ -19,6 +19,7 @@ from collections import defaultdict, namedtuple
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -75,11 +76,11 @@ class Config:
     decoder_width: int = 128  # width of the decoder
     decoder_depth: int = 4  # blocks of the decoder
     clip_steps: int = 600  # steps of stage clip
-    vae_steps: int = 1000  # steps of stage vae
-    decode_steps: int = 1000  # steps of stage decode
-    understand_steps: int = 1600  # steps of stage understand
-    generate_steps: int = 200  # steps of stage generate
-    tune_steps: int = 1200  # steps of stage tune
+    vae_steps: int = 900  # steps of stage vae
+    decode_steps: int = 900  # steps of stage decode
+    understand_steps: int = 1700  # steps of stage understand
+    generate_steps: int = 150  # steps of stage generate
+    tune_steps: int = 1100  # steps of stage tune
     clip_batch: int = 24  # images a step of stage clip
     vae_batch: int = 16  # images a step of stage vae
     decode_batch: int = 32  # images a step of stage decode
@@ -140,8 +141,10 @@ def decode_loss(model, generator, latents, vectors):
 def understand_batch(run, ids, rng):
     """Rows of one task, which have about one length: questions and edits on pictures; the same with
     plans in place of pictures; prompts. Photos have no plans."""
-    task = rng.choice(["see", "prompt", "told"][: 3 if run.data.texts[0].get("plan") else 2])
-    make = request if task == "prompt" else about
+    task = rng.choice(["see", "prompt", "told"], p=[0.45, 0.3, 0.25])
+    if not run.data.texts[0].get("plan"):
+        task = task.replace("told", "prompt")
+    make = request if task == "prompt" else partial(about, brief=task == "see")
     rows = [make(run, i, rng) for i in ids]
     if task == "told":
         rows = [told(row) for row in rows]
@@ -151,12 +154,12 @@ def understand_batch(run, ids, rng):
     return batch | {"vectors": run.cached("clip", ids)} if task == "see" else batch
 
 
-def about(run, i, rng):
+def about(run, i, rng, brief):
     """A row about picture i: an edit in 40 % of the cases that have one, else a dialogue."""
     text = run.data.texts[i]
     if text.get("edits") and rng.random() < 0.4:
         return edit(run, i, rng)[0]
-    return dialogue(text, rng)
+    return dialogue(text, rng, brief)
 
 
 def told(row):
@@ -188,15 +191,17 @@ def look(text):
     return row
 
 
-def dialogue(text, rng):
-    """Up to four questions about a picture, then its caption, which could answer them."""
-    row, pairs = look(text), list(text["qa"])
-    if text.get("plan"):
-        pairs.append([D.LOCATE, text["plan"]])
-    for i in rng.permutation(len(pairs))[:4]:
-        question, answer = pairs[i]
+def dialogue(text, rng, brief):
+    """Up to four questions about a picture, then its caption; or one of these, if brief."""
+    pairs = [*text["qa"], [D.LOCATE, text.get("plan")]]
+    pairs = [pairs[i] for i in rng.permutation(len(pairs))[:4] if pairs[i][1]]
+    pairs.append([D.DESCRIBE, text.get("whole", text["caption"])])
+    if brief:
+        pairs = [pairs[rng.integers(len(pairs))]]
+    row = look(text)
+    for question, answer in pairs:
         row += [("user", question), ("bot", answer)]
-    return [*row, ("user", D.DESCRIBE), ("bot", text.get("whole", text["caption"]))]
+    return row
 
 
 def prompt(run, i, rng, broad_share):
