@@ -19,7 +19,6 @@ from collections import defaultdict, namedtuple
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -141,25 +140,25 @@ def decode_loss(model, generator, latents, vectors):
 def understand_batch(run, ids, rng):
     """Rows of one task, which have about one length: questions and edits on pictures; the same with
     plans in place of pictures; prompts. Photos have no plans."""
-    task = rng.choice(["see", "prompt", "told"], p=[0.45, 0.3, 0.25])
-    if not run.data.texts[0].get("plan"):
-        task = task.replace("told", "prompt")
-    make = request if task == "prompt" else partial(about, brief=task == "see")
-    rows = [make(run, i, rng) for i in ids]
-    if task == "told":
-        rows = [told(row) for row in rows]
+    shares = (0.45, 0.3, 0.25) if run.data.texts[0].get("plan") else (0.5, 0.5, 0)
+    task = rng.choice(["see", "prompt", "told"], p=shares)
+    rows = [understand_row(run, i, rng, task) for i in ids]
     sequences, learn = run.sequences(rows)
     swap_words(run, sequences, learn, rng)
     batch = {"ids": sequences, "learn": learn}
     return batch | {"vectors": run.cached("clip", ids)} if task == "see" else batch
 
 
-def about(run, i, rng, brief):
-    """A row about picture i: an edit in 40 % of the cases that have one, else a dialogue."""
+def understand_row(run, i, rng, task):
+    """A prompt; else an edit in 40 % of the cases that have one; else a dialogue."""
     text = run.data.texts[i]
+    if task == "prompt":
+        return request(run, i, rng)
     if text.get("edits") and rng.random() < 0.4:
-        return edit(run, i, rng)[0]
-    return dialogue(text, rng, brief)
+        row, _ = edit(run, i, rng)
+    else:
+        row = dialogue(text, rng, brief=task == "see")
+    return told(row) if task == "told" else row
 
 
 def told(row):
@@ -185,28 +184,26 @@ def swap_words(run, ids, learn, rng):
 
 def look(text):
     """A picture, then its plan if it has one. What follows need only read the plan."""
-    row = [("image", None)]
-    if text.get("plan"):
-        row += [("user", D.LOCATE), ("bot", text["plan"])]
-    return row
+    plan = text.get("plan")
+    return [("image", None)] + turns([[D.LOCATE, plan]] if plan else [])
+
+
+def turns(pairs):
+    return [part for pair in pairs for part in zip(("user", "bot"), pair)]
 
 
 def dialogue(text, rng, brief):
     """Up to four questions about a picture, then its caption; or one of these, if brief."""
-    pairs = [*text["qa"], [D.LOCATE, text.get("plan")]]
+    pairs = text["qa"] + [[D.LOCATE, text.get("plan")]]
     pairs = [pairs[i] for i in rng.permutation(len(pairs))[:4] if pairs[i][1]]
     pairs.append([D.DESCRIBE, text.get("whole", text["caption"])])
     if brief:
         pairs = [pairs[rng.integers(len(pairs))]]
-    row = look(text)
-    for question, answer in pairs:
-        row += [("user", question), ("bot", answer)]
-    return row
+    return look(text) + turns(pairs)
 
 
 def prompt(run, i, rng, broad_share):
-    """A prompt for picture i. Broad ones are captions, as in pretraining; the others ask in a
-    user's words. PLANNED of them are planned before the queries follow."""
+    """A prompt for picture i: its caption, as in pretraining (broad), or a user's words."""
     text = run.data.texts[i]
     broad = rng.random() < broad_share or not text["clean"]
     said = text["caption"] if broad else text["clean"]
@@ -225,9 +222,7 @@ def request(run, i, rng):
 def edit(run, i, rng):
     """Picture i, up to two questions, an instruction; and the id of the picture that it makes."""
     text = run.data.texts[i]
-    row = look(text)
-    for question, answer in text["qa"][: rng.integers(3)]:
-        row += [("user", question), ("bot", answer)]
+    row = look(text) + turns(text["qa"][: rng.integers(3)])
     instruction, offset = text["edits"][rng.integers(len(text["edits"]))]
     row.append(("user", instruction))
     plan = D.in_order(run.data.texts[i + offset]["plan"], text["plan"])
@@ -341,7 +336,7 @@ def train_stage(run, name):
         get_ema_multi_avg_fn(decay)(list(averages.values()), list(learned.values()), step)
         save = (step + 1) % c.save_every == 0 or run.stopped
         if save or step % 10 == 0 or step + 1 == steps:  # seldom: the device has to wait
-            run.log(bar, name, step, loss=loss.item(), norm=norm.item(), rate=rate)
+            run.log(bar, name, step, loss.item(), norm.item(), rate)
         if save:
             run.save(name, step + 1, averages, keepers)
     model.load_state_dict(averages, strict=False)
