@@ -77,9 +77,9 @@ class Config:
     clip_steps: int = 600  # steps of stage clip
     vae_steps: int = 900  # steps of stage vae
     decode_steps: int = 900  # steps of stage decode
-    understand_steps: int = 1700  # steps of stage understand
+    understand_steps: int = 2400  # steps of stage understand
     generate_steps: int = 150  # steps of stage generate
-    tune_steps: int = 1100  # steps of stage tune
+    tune_steps: int = 1300  # steps of stage tune
     clip_batch: int = 24  # images a step of stage clip
     vae_batch: int = 16  # images a step of stage vae
     decode_batch: int = 32  # images a step of stage decode
@@ -138,8 +138,7 @@ def decode_loss(model, generator, latents, vectors):
 
 
 def understand_batch(run, ids, rng):
-    """Rows of one task, which have about one length: questions and edits on pictures; the same with
-    plans in place of pictures; prompts. Photos have no plans."""
+    """Rows of one task, since those have about one length. Photos have no plans to tell."""
     shares = (0.45, 0.3, 0.25) if run.data.texts[0].get("plan") else (0.5, 0.5, 0)
     task = rng.choice(["see", "prompt", "told"], p=shares)
     rows = [understand_row(run, i, rng, task) for i in ids]
@@ -196,7 +195,8 @@ def dialogue(text, rng, brief):
     """Up to four questions about a picture, then its caption; or one of these, if brief."""
     pairs = text["qa"] + [[D.LOCATE, text.get("plan")]]
     pairs = [pairs[i] for i in rng.permutation(len(pairs))[:4] if pairs[i][1]]
-    pairs.append([D.DESCRIBE, text.get("whole", text["caption"])])
+    caption = text.get("whole", text["caption"])
+    pairs.append([D.DESCRIBE, caption])
     if brief:
         pairs = [pairs[rng.integers(len(pairs))]]
     return look(text) + turns(pairs)
