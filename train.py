@@ -4,8 +4,7 @@
     python train.py @notebooks/photos.flags                  flags from a file
     torchrun --nproc-per-node 2 train.py ...                 as many processes as cards
 
-Read STAGES and train_stage first. The same command again continues a run. data.py makes the set,
-sample.py draws from a run, also from one on its way.
+Read STAGES and train_stage first. The same command continues a run, and sample.py draws from it.
 """
 
 import ctypes
@@ -84,7 +83,7 @@ class Config:
     vae_batch: int = 16  # images a step of stage vae
     decode_batch: int = 32  # images a step of stage decode
     understand_batch: int = 24  # sequences a step of stage understand
-    generate_batch: int = 28  # prompts a step of generate and tune; 32 compile longer, see findings
+    generate_batch: int = 28  # prompts a step of stages generate and tune; 32 would compile longer
     generate_draws: int = 4  # noise draws for each prompt, which share a pass of the backbone
     accumulate: int = 1  # parts of a batch, one after another
     generate_shift: float = 2.0  # schedule shift in training; above 1 more times near noise
@@ -99,8 +98,7 @@ class Config:
                 raise ValueError(f"--{f.name} {getattr(self, f.name)}: expected {least} or more")
 
 
-# settings that may change when a run continues
-HARMLESS = ("data", "out", "init", "device", "precision", "compile", "save_every")
+HARMLESS = ("data", "out", "init", "device", "precision", "compile", "save_every")  # may change
 
 
 # ------------------------------------------------------- stages: what a step reads and minimises
@@ -149,7 +147,7 @@ def understand_batch(run, ids, rng):
 
 
 def understand_row(run, i, rng, task):
-    """A prompt; else an edit in 40 % of the cases that have one; else a dialogue."""
+    """A row about picture i. Where it is no prompt, 40 % of the pictures with edits are edited."""
     text = run.data.texts[i]
     if task == "prompt":
         return request(run, i, rng)
@@ -183,8 +181,11 @@ def swap_words(run, ids, learn, rng):
 
 def look(text):
     """A picture, then its plan if it has one. What follows need only read the plan."""
-    plan = text.get("plan")
-    return [("image", None)] + turns([[D.LOCATE, plan]] if plan else [])
+    return [("image", None)] + turns(located(text))
+
+
+def located(text):
+    return [[D.LOCATE, text["plan"]]] if text.get("plan") else []  # photos have none
 
 
 def turns(pairs):
@@ -193,10 +194,9 @@ def turns(pairs):
 
 def dialogue(text, rng, brief):
     """Up to four questions about a picture, then its caption; or one of these, if brief."""
-    pairs = text["qa"] + [[D.LOCATE, text.get("plan")]]
-    pairs = [pairs[i] for i in rng.permutation(len(pairs))[:4] if pairs[i][1]]
-    caption = text.get("whole", text["caption"])
-    pairs.append([D.DESCRIBE, caption])
+    pairs = text["qa"] + located(text)
+    pairs = [pairs[i] for i in rng.permutation(len(pairs))[:4]]
+    pairs.append([D.DESCRIBE, text.get("whole", text["caption"])])
     if brief:
         pairs = [pairs[rng.integers(len(pairs))]]
     return look(text) + turns(pairs)

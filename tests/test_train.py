@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import STAGES
 
@@ -285,6 +286,14 @@ def test_names_of_a_given_plan_are_swapped_with_their_copies(prepared):
         assert len(set(ids[0][before[0] == red].tolist())) == 1  # in the plan and in the answer
         swapped += bool(changed.any())
     assert 15 < swapped < 45
+
+
+def test_timm_attends_by_the_formula_on_a_cpu(prepared):
+    """As model.attention does in training: the fused kernel's gradients are slow there."""
+    timm.layers.set_fused_attn(True)
+    run = prepared()
+    assert not timm.layers.use_fused_attn()
+    assert not any(block.attn.fused_attn for block in run.model.clip.tower.blocks)
 
 
 def test_equal_captions_are_no_negatives(prepared):
