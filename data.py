@@ -259,7 +259,7 @@ def coverage(shape, dx, dy, width):
     return np.clip(0.5 - SHAPES[shape].distance(dx, dy, width), 0, 1)
 
 
-def paint(objects, rng):
+def render(objects, rng):
     """The picture of a scene: (64, 64, 3) uint8, each color up to 8 steps off."""
     canvas = np.full((SIDE, SIDE, 3), BACKGROUND, np.float32)
     grid = np.arange(SIDE) + 0.5  # centres of pixels
@@ -654,11 +654,11 @@ class Shapes:
             objects, prompt = random_scene(rng)
             changed = change(objects, rng) if len(texts) < count - 1 else None
             texts.append(scene_texts(prompt, objects, rng))
-            images.append(paint(objects, rng))
+            images.append(render(objects, rng))
             if changed:  # the row after is the scene after
                 after, there, back = changed
                 texts.append(scene_texts("", after, rng))
-                images.append(paint(after, rng))
+                images.append(render(after, rng))
                 texts[-2]["edits"].append([there, 1])
                 texts[-1]["edits"].append([back, -1])
         return texts, {"images": torch.from_numpy(np.stack(images))}, {}

@@ -773,7 +773,7 @@ class BLIP3o(nn.Module):
         so that DistributedDataParallel sees it."""
         return loss(self, generator, **batch).mean()
 
-    def imagine(self, ids, noise, vectors=None, **flow):
+    def generate(self, ids, noise, vectors=None, **flow):
         """Prompts that end in the queries (B, T), noise (B, N, C) -> what the head makes (B, N, C):
         vectors, or latents if those are its target. A regression is one step from no noise.
         vectors are of the images in the prompts."""
@@ -782,10 +782,10 @@ class BLIP3o(nn.Module):
             return sample_flow(self.head, torch.zeros_like(noise), states, steps=1)
         return sample_flow(self.head, noise, states, **flow)
 
-    def paint(self, vectors, noise, **flow):
+    def decode(self, vectors, noise, **flow):
         """Vectors (B, N, C), noise (B, n, 4) -> pictures (B, S, S, 3) uint8."""
-        return self.develop(sample_flow(self.decoder, noise, vectors, **flow))
+        return self.decode_latents(sample_flow(self.decoder, noise, vectors, **flow))
 
-    def develop(self, latents):
+    def decode_latents(self, latents):
         """Normalised latents (B, n, 4) -> pictures (B, S, S, 3) uint8."""
         return to_images(self.vae.decode(self.normalise["vae"].inverse(latents)))

@@ -120,7 +120,7 @@ class Studio:
         rows = [[*row, ("bot", None)] for row in self.begin(prompts, vectors)]
         return self.write(rows, vectors, seeds)
 
-    def imagine(self, rows, seeds, vectors=None):
+    def generate(self, rows, seeds, vectors=None):
         """Rows of a dialogue -> what the flow head makes next: normalised vectors (B, N, C), or
         latents. vectors (B, N, C) are of the picture in each row, which it changes."""
         s = self.settings
@@ -128,15 +128,15 @@ class Studio:
         how = {"steps": s.steps, "guidance": s.guidance, "shift": 4.0, "source": vectors}
         how["fresh_noise"] = None if s.ode else noise
         ids = self.sequences([[*row, ("queries", None)] for row in rows])
-        return self.net.imagine(ids, noise(), vectors, **how)
+        return self.net.generate(ids, noise(), vectors, **how)
 
-    def paint(self, vectors, seeds):
+    def decode(self, vectors, seeds):
         """Vectors (B, N, C) -> pictures (B, S, S, 3) uint8."""
         s = self.settings
         seeds = [seed + 2**31 for seed in seeds]  # not the head's noise; torch keeps 32 bits
         noise = row_noise(seeds, self.net.decoder.shape, self.device)()
         how = {"steps": s.decoder_steps, "guidance": s.decoder_guidance}
-        return self.net.paint(vectors, noise, **how).cpu().numpy()
+        return self.net.decode(vectors, noise, **how).cpu().numpy()
 
     def draw(self, prompts, seeds, plans=None, vectors=None):
         """Prompts, a seed for each, and plans unless drawn at once -> pictures (B, S, S, 3) uint8.
@@ -145,10 +145,10 @@ class Studio:
         for row, plan in zip(rows, plans or []):
             if plan is not None:
                 row.append(("bot", plan))
-        made = self.imagine(rows, seeds, vectors)
+        made = self.generate(rows, seeds, vectors)
         if self.config.target == "vae":
-            return self.net.develop(made).cpu().numpy()
-        return self.paint(made, seeds)
+            return self.net.decode_latents(made).cpu().numpy()
+        return self.decode(made, seeds)
 
     @cached_property
     def tower(self):  # opened where a picture is read: drawing needs none
@@ -203,9 +203,9 @@ class Chat:
         self.row.append(("bot", said))
         if text == D.LOCATE or not D.PLAN.fullmatch(said):
             return said, None
-        self.vectors = self.studio.imagine([self.row], [self.seed], self.vectors)
+        self.vectors = self.studio.generate([self.row], [self.seed], self.vectors)
         self.row = self.studio.look(self.vectors)[0]
-        return said, self.studio.paint(self.vectors, [self.seed])[0]
+        return said, self.studio.decode(self.vectors, [self.seed])[0]
 
 
 def save_grid(path, images, labels, columns):
@@ -243,7 +243,7 @@ def sample(s):
     if s.prompts:
         draw(studio, picture, vectors)
     elif s.reconstruct:
-        again = studio.paint(vectors.expand(s.count, -1, -1), range(s.seed, s.seed + s.count))
+        again = studio.decode(vectors.expand(s.count, -1, -1), range(s.seed, s.seed + s.count))
         images = np.concatenate([picture, again])
         save_grid(Path(s.out), images, ["the picture, then drawn"], s.count + 1)
     else:

@@ -41,7 +41,6 @@ import model as M
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 VERSION = 5  # of checkpoints
-PLANNED = 0.8  # share of prompts and edits that are planned before they are drawn
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,10 @@ class Config:
     generate_batch: int = 28  # prompts a step of stages generate and tune; 32 would compile longer
     generate_draws: int = 4  # noise draws for each prompt, which share a pass of the backbone
     accumulate: int = 1  # parts of a batch, one after another
+    understand_see_share: float = 0.45  # of its steps: pictures, with questions or captions
+    understand_told_share: float = 0.25  # the same with plans for pictures; the rest are prompts
+    tune_edit_share: float = 0.25  # of its rows: edits of pictures; the rest are prompts
+    plan_share: float = 0.8  # of prompts and edits: planned before they are drawn
     generate_shift: float = 2.0  # schedule shift in training; above 1 more times near noise
     lr: float = 3e-3  # peak learning rate
     weight_decay: float = 0.3  # decoupled, on matrices
@@ -96,6 +99,10 @@ class Config:
             least = 0 if f.name == "seed" or f.name.endswith("_steps") else 1
             if f.type is int and getattr(self, f.name) < least:
                 raise ValueError(f"--{f.name} {getattr(self, f.name)}: expected {least} or more")
+            if f.name.endswith("_share") and not 0 <= getattr(self, f.name) <= 1:
+                raise ValueError(f"--{f.name} {getattr(self, f.name)}: expected 0 to 1")
+        if self.understand_see_share + self.understand_told_share > 1:
+            raise ValueError("the shares of understand: expected at most 1 together")
 
 
 HARMLESS = ("data", "out", "init", "device", "precision", "compile", "save_every")  # may change
@@ -137,8 +144,10 @@ def decode_loss(model, generator, latents, vectors):
 
 def understand_batch(run, ids, rng):
     """Rows of one task, since those have about one length. Photos have no plans to tell."""
-    shares = (0.45, 0.3, 0.25) if run.data.texts[0].get("plan") else (0.5, 0.5, 0)
-    task = rng.choice(["see", "prompt", "told"], p=shares)
+    c = run.config
+    see = c.understand_see_share
+    tell = c.understand_told_share if run.data.texts[0].get("plan") else 0
+    task = rng.choice(["see", "prompt", "told"], p=[see, 1 - see - tell, tell])
     rows = [understand_row(run, i, rng, task) for i in ids]
     sequences, learn = run.sequences(rows)
     swap_words(run, sequences, learn, rng)
@@ -155,10 +164,10 @@ def understand_row(run, i, rng, task):
         row, _ = edit(run, i, rng)
     else:
         row = dialogue(text, rng, brief=task == "see")
-    return told(row) if task == "told" else row
+    return without_image(row) if task == "told" else row
 
 
-def told(row):
+def without_image(row):
     """The row without its picture. Its plan is given as text, and no longer carries loss."""
     _, question, (_, plan), *rest = row
     return [question, ("given", plan), *rest]
@@ -207,7 +216,7 @@ def prompt(run, i, rng, broad_share):
     text = run.data.texts[i]
     broad = rng.random() < broad_share or not text["clean"]
     said = text["caption"] if broad else text["clean"]
-    return planned([("user", said)], D.in_order(text.get("plan"), said), rng)
+    return planned(run, [("user", said)], D.in_order(text.get("plan"), said), rng)
 
 
 def request(run, i, rng):
@@ -215,7 +224,7 @@ def request(run, i, rng):
     plan = run.data.texts[i].get("plan")
     if plan and rng.random() < 0.2:
         said, plan = D.alike(plan, rng)
-        return planned([("user", said)], plan, rng)
+        return planned(run, [("user", said)], plan, rng)
     return prompt(run, i, rng, 0.5)
 
 
@@ -226,12 +235,12 @@ def edit(run, i, rng):
     instruction, offset = text["edits"][rng.integers(len(text["edits"]))]
     row.append(("user", instruction))
     plan = D.in_order(run.data.texts[i + offset]["plan"], text["plan"])
-    return planned(row, plan, rng), i + offset
+    return planned(run, row, plan, rng), i + offset
 
 
-def planned(row, plan, rng):
-    """The row, then its plan in PLANNED of the cases, then the queries."""
-    if plan and rng.random() < PLANNED:
+def planned(run, row, plan, rng):
+    """The row, then its plan in `plan_share` of the cases, then the queries."""
+    if plan and rng.random() < run.config.plan_share:
         row.append(("bot", plan))
     return [*row, ("queries", None)]
 
@@ -248,10 +257,10 @@ def generate_batch(run, ids, rng, broad_share=1.0):
 
 
 def tune_batch(run, ids, rng):
-    """Instructions: prompts in a user's words, and edits for a quarter of the rows."""
+    """Instructions: prompts in a user's words, and edits for a share of the rows."""
     c = run.config
     able = np.array([c.target == "clip" and bool(run.data.texts[i].get("edits")) for i in ids])
-    chosen = able & (able.cumsum() <= (len(ids) + 2) // 4)
+    chosen = able & (able.cumsum() <= c.tune_edit_share * len(ids) + 0.5)
     batch = generate_batch(run, ids[~chosen], rng, 0.1)
     if chosen.any():
         rows, made = zip(*(edit(run, i, rng) for i in ids[chosen]))
@@ -578,7 +587,7 @@ class Run:
         Those whose name begins with a stage's, such as --tune_steps, may change until it begins."""
         used = ORDER.index(self.progress["stage"]) + (self.progress["step"] > 0)
         for name, value in asdict(self.config).items():
-            old = state["config"].get(name)
+            old = state["config"].get(name, getattr(Config, name))  # one that is new
             free = name in HARMLESS or name.startswith(tuple(ORDER[used:]))
             if old != value and not free:
                 raise ValueError(f"{self.path} was made with --{name} {old}: take another --out")

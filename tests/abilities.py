@@ -77,7 +77,7 @@ def evaluate_edits(studio, seed, count, held=False, planned=True):
     cases = edit_cases(seed, count, held)
     kinds, before, after, there, back = zip(*cases)
     rng = np.random.default_rng([seed, 3])
-    images = np.stack([data.paint(objects, rng) for objects in before])
+    images = np.stack([data.render(objects, rng) for objects in before])
     seeds = [seed * 1_000_000 + i for i in range(len(cases))]
     table = {}
     for name, texts, start, end in (("edit", there, before, after), ("undo", back, after, before)):
@@ -167,17 +167,17 @@ def evaluate_round_trips(studio, seed, limit):
     texts = [p.text for p in prompts]
     seeds = [seed * 1_000_000 + i for i in range(limit)]
     wanted = [Counter(p.objects) for p in prompts]
-    made = se.in_batches(studio.imagine, [[("user", text)] for text in texts], seeds)
+    made = se.in_batches(studio.generate, [[("user", text)] for text in texts], seeds)
     describe = [data.DESCRIBE] * limit
     scores = {}
-    again = se.in_batches(studio.paint, made, seeds)
+    again = se.in_batches(studio.decode, made, seeds)
     for name, vectors in (("vectors", made), ("picture", se.in_batches(studio.see, again))):
         said = se.in_batches(studio.answer, vectors, describe)
         hits = [se.parse_caption(text) == pairs for text, pairs in zip(said, wanted)]
         scores[f"text_{name}_text"] = share(hits)
     rng = np.random.default_rng([seed, 4])
     scenes = [data.random_scene(rng)[0] for _ in range(2 * limit)]
-    images = np.stack([data.paint(objects, rng) for objects in scenes])
+    images = np.stack([data.render(objects, rng) for objects in scenes])
     real = se.in_batches(studio.see, images)
     said = se.in_batches(studio.answer, real[:limit], describe)
     drawn = se.find_objects(se.in_batches(studio.draw, said, seeds))

@@ -242,7 +242,7 @@ def row_c(bench, size):
         noise = torch.randn(count, *ours.head.shape, device=bench.device)
         with torch.no_grad(), bench.autocast():
             times = bench.race(
-                partial(ours.imagine, ids, noise, **SAMPLING), partial(peer, ids, noise)
+                partial(ours.generate, ids, noise, **SAMPLING), partial(peer, ids, noise)
             )
         sizes = f"{millions(ours.backbone.trunk, lm.layers)}, {millions(ours.head, head)}"
         yield f"c {count} prompts", times, f"trunk, head {sizes}"

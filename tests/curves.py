@@ -47,7 +47,7 @@ def look(studio, stage, picture):
     if stage == "vae":
         return M.to_images(net.vae.decode(net.vae.encode(pixels)))[0].numpy(force=True)
     if stage == "decode":
-        return studio.paint(studio.see(picture), [0])[0]
+        return studio.decode(studio.see(picture), [0])[0]
     if stage == "understand":
         return studio.answer(studio.see(picture), [D.DESCRIBE])[0]
     return studio.draw([PROMPT], [0], studio.plan([PROMPT], [0]))[0]

@@ -288,7 +288,7 @@ def real_picture(prompt, rng):
     for wanted in prompt.objects:
         choices = [pair for pair in data.SEEN if fits(wanted, pair)] or [wanted]
         pairs.append(choices[rng.integers(len(choices))])
-    return data.paint(data.place(pairs, rng, prompt.relation), rng)
+    return data.render(data.place(pairs, rng, prompt.relation), rng)
 
 
 def evaluate_shapes(studio, seed, count):
@@ -315,7 +315,7 @@ def evaluate_shapes(studio, seed, count):
     scores["color_entropy"] = tables["seen"]["entropy"]
     rng = np.random.default_rng(seed)
     real = np.stack([real_picture(prompt, rng) for prompt in once["seen"]])
-    again = in_batches(studio.paint, in_batches(studio.see, real), range(len(real)))
+    again = in_batches(studio.decode, in_batches(studio.see, real), range(len(real)))
     for name, images in (("render", real), ("reconstruction", again)):
         scores[f"ceiling_{name}"] = score_prompts(once["seen"], images)["strict"]["mean"]
     categories = {name: table["strict"] for name, table in tables.items()}
@@ -398,7 +398,7 @@ def heldout_scene(i, rng):
     asked = [pair for pair in asked if kind_of(pair[0]) != "is there"]
     for pair, answer in ((there, "yes"), (absent, "no")):
         asked.append([f"is there {data.noun(*pair)}?", answer])
-    return data.paint(objects, rng), [there, *others], asked
+    return data.render(objects, rng), [there, *others], asked
 
 
 def evaluate_understanding(studio, dataset, seed, limit=500):
@@ -460,13 +460,13 @@ def evaluate_photos(studio, dataset, seed, limit=500):
     captions = [dataset.texts[i]["caption"] for i in val]
     seeds = [seed * 1_000_000 + i for i in range(len(val))]
     images, truth = dataset.rows("images", val).numpy(), see_rows(studio, dataset, val)
-    scores = {"psnr_reconstruction": psnr(images, in_batches(studio.paint, truth, seeds))}
+    scores = {"psnr_reconstruction": psnr(images, in_batches(studio.decode, truth, seeds))}
     known, truth = see_rows(studio, dataset, train).cpu().flatten(1), truth.cpu().flatten(1)
     nearest = train[torch.cdist(truth, known).argmin(1).numpy()]
     scores["psnr_nearest_neighbour"] = psnr(images, dataset.rows("images", nearest).numpy())
     if studio.config.target == "clip":
         rows = [[("user", text)] for text in captions]
-        made = in_batches(studio.imagine, rows, seeds)
+        made = in_batches(studio.generate, rows, seeds)
     else:
         drawn = torch.from_numpy(in_batches(studio.draw, captions, seeds)).permute(0, 3, 1, 2)
         side = drawn.shape[-1] if studio.net.clip is not None else studio.tower.side

@@ -133,7 +133,7 @@ def evaluate(s):
     shown = {"real": real, "floor": np.roll(real, 1, 0)}
     shown["vae"] = M.to_images(studio.net.vae.decode(studio.net.vae.encode(pixels))).cpu().numpy()
     vectors = se.see_rows(studio, dataset, dataset.val_ids)
-    shown["redrawn"] = se.in_batches(studio.paint, vectors, seeds)
+    shown["redrawn"] = se.in_batches(studio.decode, vectors, seeds)
     shown["drawn"] = se.in_batches(studio.draw, captions, seeds)
     for name, pictures in shown.items():
         print(f"{name}: PSNR {se.psnr(real, pictures):.1f} dB, {judge.score(pictures, wanted)}")

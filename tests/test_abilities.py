@@ -52,7 +52,7 @@ def test_real_edits_are_judged_right_and_their_beginnings_wrong():
         assert len(cases) == 80
         for kind, before, after, there, _ in cases:
             assert there.split()[0] == kind
-            images = np.stack([data.paint(objects, rng) for objects in (after, before)])
+            images = np.stack([data.render(objects, rng) for objects in (after, before)])
             right, wrong = shapeseval.find_objects(images)
             assert judge_edit(before, after, there, right)
             assert not judge_edit(before, after, there, wrong)
@@ -92,7 +92,7 @@ def test_a_dialogue_counts_if_every_turn_is_right(monkeypatch, broken):
                 x, y = self.first[2:4]
                 room = {"left of": x, "right of": 64 - x, "above": y, "below": 64 - y}
                 assert room[asked[-1]] >= 31  # px; the checker's centre may be half a pixel off
-            return "plan", data.paint(objects, rng)
+            return "plan", data.render(objects, rng)
 
     rng, scripts, asked = np.random.default_rng(0), iter(abilities.dialogues() * 2), []
     assert [len(script) for script in abilities.dialogues()] == [4] * 10

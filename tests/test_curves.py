@@ -68,7 +68,7 @@ def test_the_last_looks_are_those_of_the_final_weights(made, micro_run):
     pixels = M.to_pixels(torch.from_numpy(picture))
     vectors, net, prompt = studio.see(picture), studio.net, [curves.PROMPT]
     rebuilt = net.clip.rebuild(net.clip.vectors(pixels))
-    expected = {"clip": M.to_images(rebuilt)[0].numpy(), "decode": studio.paint(vectors, [0])[0]}
+    expected = {"clip": M.to_images(rebuilt)[0].numpy(), "decode": studio.decode(vectors, [0])[0]}
     expected["vae"] = M.to_images(net.vae.decode(net.vae.encode(pixels)))[0].numpy()
     expected["understand"] = studio.answer(vectors, ["describe"])[0]
     expected["tune"] = studio.draw(prompt, [0], studio.plan(prompt, [0]))[0]

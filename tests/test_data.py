@@ -212,13 +212,13 @@ def test_coverage_has_the_area_and_the_place_of_the_shape():
 
 def test_paint_by_pixels():
     objects = [Object("square", "blue", 20, 20, 16, 16), Object("circle", "red", 44, 40, 20, 20)]
-    image = data.paint(objects, np.random.default_rng(0))
+    image = data.render(objects, np.random.default_rng(0))
     assert image.shape == (64, 64, 3) and image.dtype == np.uint8
     assert (image[0, 0] == data.BACKGROUND).all() and (image[40, 28] == data.BACKGROUND).all()
     for color, (x, y) in (("blue", (20, 20)), ("red", (44, 40))):
         assert abs(image[y, x].astype(int) - COLORS[color]).max() <= 8
     assert (image[13, 13] == image[20, 20]).all()  # a pixel inside the corner
-    colors = {tuple(data.paint(objects, np.random.default_rng(s))[20, 20]) for s in range(40)}
+    colors = {tuple(data.render(objects, np.random.default_rng(s))[20, 20]) for s in range(40)}
     assert len(colors) > 30  # each scene has its own shade
 
 

@@ -551,7 +551,7 @@ def test_the_head_imagines_from_the_states_of_the_queries(objective, predicts):
     wanted = M.sample_flow(net.head, noise, states, **flow)
     if objective == "mse":
         wanted = net.head(torch.zeros(3, 4, 6), torch.zeros(3), states)
-    close(net.imagine(ids, noise, **flow), wanted, atol=1e-3)
+    close(net.generate(ids, noise, **flow), wanted, atol=1e-3)
 
 
 def test_pictures_are_painted_by_the_decoder_and_developed_by_the_vae():
@@ -560,5 +560,5 @@ def test_pictures_are_painted_by_the_decoder_and_developed_by_the_vae():
     scale.fit(0.1 * torch.randn(9, 4) + 0.2)
     latents = M.sample_flow(net.decoder, noise, vectors, **flow)
     pictures = net.vae.decode(latents * scale.std + scale.mean)
-    assert torch.equal(net.paint(vectors, noise, **flow), M.to_images(pictures))
+    assert torch.equal(net.decode(vectors, noise, **flow), M.to_images(pictures))
     assert M.to_images(pictures).unique().numel() > 50

@@ -229,15 +229,15 @@ def test_a_reconstruction_shows_the_picture_first(micro_run, picture, tmp_path):
     grid = draw(micro_run, tmp_path / "x.png", "--reconstruct", "--image", str(picture))
     studio = studio_of(micro_run)
     _, vectors = studio.open(picture)
-    shown = [np.asarray(Image.open(picture)), *studio.paint(vectors.expand(2, -1, -1), [0, 1])]
+    shown = [np.asarray(Image.open(picture)), *studio.decode(vectors.expand(2, -1, -1), [0, 1])]
     assert all(np.array_equal(tile(grid, 0, i), image) for i, image in enumerate(shown))
 
 
 def test_a_plan_is_printed_and_can_be_given(micro_run, tmp_path, capsys, monkeypatch):
     """What is printed draws the same picture again, from the plan that stands in it."""
-    rows, imagine = [], sample.Studio.imagine
-    watch = lambda self, r, *a: rows.append([row[-1] for row in r]) or imagine(self, r, *a)  # noqa: E731
-    monkeypatch.setattr(sample.Studio, "imagine", watch)
+    rows, generate = [], sample.Studio.generate
+    watch = lambda self, r, *a: rows.append([row[-1] for row in r]) or generate(self, r, *a)  # noqa: E731
+    monkeypatch.setattr(sample.Studio, "generate", watch)
     plans = ["circle red c4", "circle red f2"]
     monkeypatch.setattr(sample.Studio, "write", lambda *_: plans)
     grid = draw(micro_run, tmp_path / "x.png", "a circle", "--count=2")
@@ -290,10 +290,10 @@ def test_a_chat_draws_answers_and_edits_in_its_context(micro_run, monkeypatch, t
     looks = ["circle red b4", "circle red b4; square blue c7", "circle blue a1"]
     said = ["circle red c4", "one", looks[0], "circle red b4; square blue c6", "circle blue a2"]
     write = iter([said[0], looks[0], *said[1:4], looks[1], said[4], looks[2]])
-    rows, imagine = [], sample.Studio.imagine
+    rows, generate = [], sample.Studio.generate
     monkeypatch.setattr(sample.Studio, "write", lambda self, r, *_: [next(write)])
-    watch = lambda self, r, *a: rows.append((list(r[0]), a[-1])) or imagine(self, r, *a)  # noqa: E731
-    monkeypatch.setattr(sample.Studio, "imagine", watch)
+    watch = lambda self, r, *a: rows.append((list(r[0]), a[-1])) or generate(self, r, *a)  # noqa: E731
+    monkeypatch.setattr(sample.Studio, "generate", watch)
     turns = ["Draw a red circle.", "how many objects?", data.LOCATE, "add a blue square below it"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*turns, "draw a blue circle"])))
     sample.main(["--run", str(micro_run), "--out", str(tmp_path / "x.png"), "--chat", *FEW])

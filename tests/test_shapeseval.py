@@ -28,7 +28,7 @@ SPOTS = [(16, 16), (46, 16), (16, 46), (46, 46)]
 def scene(*objects):
     """A picture (1, 64, 64, 3) of objects (shape, color, x, y, width)."""
     boxes = [(*o, o[4] * data.SHAPES[o[0]].height) for o in objects]
-    return data.paint([data.Object(*box) for box in boxes], np.random.default_rng(0))[None]
+    return data.render([data.Object(*box) for box in boxes], np.random.default_rng(0))[None]
 
 
 def passes(prompt, picture, strict=True):
@@ -71,7 +71,7 @@ def test_a_new_shape_needs_one_entry_of_the_table(monkeypatch):
     pairs = [("dome", "red"), ("triangle", "blue"), ("circle", "orange"), ("square", "green")]
     for _ in range(20):
         placed = data.place(pairs, rng)
-        found = S.find_objects(data.paint(placed, rng)[None])[0]
+        found = S.find_objects(data.render(placed, rng)[None])[0]
         for wanted, item in zip(sorted(placed), sorted(found)):
             assert wanted[:2] == item[:2]
             assert np.abs(np.subtract(wanted[2:], item[2:])).max() < 0.25
@@ -264,6 +264,6 @@ def test_plans_are_scored_by_their_prompts_and_their_pictures():
     plans = ["circle red c3", "circle blue c3", "circle red g7"]
     blue = REAL_RED._replace(color="blue")
     rng = np.random.default_rng(0)
-    images = np.stack([data.paint([o], rng) for o in (REAL_RED, blue, REAL_RED)])
+    images = np.stack([data.render([o], rng) for o in (REAL_RED, blue, REAL_RED)])
     scores = S.score_plans(prompts, plans, images)
     assert scores == {"plans_right": 2 / 3, "places_kept": 2 / 3}
