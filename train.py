@@ -102,7 +102,7 @@ class Config:
             if f.name.endswith("_share") and not 0 <= getattr(self, f.name) <= 1:
                 raise ValueError(f"--{f.name} {getattr(self, f.name)}: expected 0 to 1")
         if self.understand_see_share + self.understand_told_share > 1:
-            raise ValueError("the shares of understand: expected at most 1 together")
+            raise ValueError("--understand_see_share and _told_share: expected at most 1 together")
 
 
 HARMLESS = ("data", "out", "init", "device", "precision", "compile", "save_every")  # may change

@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -184,7 +184,7 @@ def test_prompts_are_captions_in_their_share_else_the_user_s_words(prepared):
             planned.append(bool(plan))
         broad = np.array(broad).reshape(4, -1)
         assert broad[:, ~clean].all() and abs(broad[:, clean].mean() - share) < 0.05
-        assert abs(np.mean(planned) - train.PLANNED) < 0.07
+        assert abs(np.mean(planned) - run.config.plan_share) < 0.07
     for stage, share in (("generate", 1.0), ("tune", 0.1)):
         with patch.object(train, "prompt", return_value=[("queries", None)]) as prompts:
             train.STAGES[stage].batch(run, np.arange(4), rng)
@@ -232,6 +232,18 @@ def test_a_quarter_of_the_instructions_are_edits(prepared):
     for text in run.data.texts:
         text.pop("edits")
     assert set(train.tune_batch(run, ids, rng)) == {"ids", "x"}
+
+
+def test_shares_are_flags(prepared):
+    """A run that only learns to draw has prompts alone, without plans if these are off."""
+    alone = "--understand_see_share=0 --understand_told_share=0 --tune_edit_share=0 --plan_share=0"
+    run, rng, rows = prepared(*alone.split()), np.random.default_rng(0), []
+    run.sequences = lambda some: rows.extend(some) or train.Run.sequences(run, some)
+    for make in [train.understand_batch, train.tune_batch] * 20:
+        assert "vectors" not in make(run, rng.choice(run.data.train_ids, 4), rng)
+    assert {tuple(role for role, _ in row) for row in rows} == {("user", "queries")}
+    run = prepared("--understand_see_share=1", "--understand_told_share=0")
+    assert "vectors" in train.understand_batch(run, run.data.train_ids[:4], rng)
 
 
 def test_words_that_a_plan_copies_are_swapped(prepared):
@@ -345,9 +357,9 @@ def test_the_layouts_of_all_tasks_are_those_of_the_results(prepared):
     rows, alone = [], np.zeros(4, int)
     run.sequences = lambda some: rows.extend(some) or train.Run.sequences(run, some)
     for share in (0, 1):
-        with patch.object(train, "PLANNED", share):
-            for _ in range(60):
-                train.understand_batch(run, alone, rng)
+        run.config = replace(run.config, plan_share=share)
+        for _ in range(60):
+            train.understand_batch(run, alone, rng)
     shown = re.findall(r"^    (<bos>.*)", (ROOT / "notebooks/results.md").read_text(), re.M)
     made = {*map(layout, rows)}
     assert len(shown) == 9 and set(shown) <= made, made - set(shown)
@@ -723,7 +735,7 @@ def test_init_keeps_the_weights_of_stages_without_steps(capsys, micro_flags, mic
 BAD = "--step=3 --dept=3 --clip_steps=1.5 --predicts=noise @/nowhere --data=/none --lr=nan"
 BAD += " --device=abacus --width=33 --tokens=60 --vae_width=20 --save_every=0 --accumulate=0"
 BAD += " --head_patch=0 --tokens=0 --queries=0 --channels=0 --width=0 --vae_batch=0 --vae_steps=-3"
-BAD += " --generate_draws=0 --seed=-1"
+BAD += " --generate_draws=0 --seed=-1 --plan_share=1.5 --understand_see_share=0.9"
 
 
 @pytest.mark.parametrize("flag", BAD.split())
