@@ -266,10 +266,8 @@ def draw(studio, picture, vectors):
     s, rows = studio.settings, []
     for n, (text, plan) in enumerate([split_plan(prompt) for prompt in s.prompts]):
         seeds = range(s.seed + n * s.count, s.seed + (n + 1) * s.count)
-        texts, own = [text] * s.count, None
-        if vectors is not None:
-            own = vectors.expand(s.count, -1, -1)
-            warn(studio, text, vectors)
+        own = None if vectors is None else vectors.expand(s.count, -1, -1)
+        texts = [text] * s.count
         plans = [plan] * s.count
         if s.plan and not plan:
             said = studio.plan(texts, seeds, own)
@@ -278,16 +276,6 @@ def draw(studio, picture, vectors):
         images = studio.draw(texts, seeds, plans, own)
         rows.append(images if picture is None else np.concatenate([picture, images]))
     save_grid(Path(s.out), np.concatenate(rows), s.prompts, len(rows[0]))
-
-
-def warn(studio, text, vectors):
-    """Says where an instruction does not name one object, by the model's own answer."""
-    text = D.tidy(text)
-    for shape in D.SHAPES:
-        if f"the {shape}" in text:
-            said = studio.answer(vectors, [f"how many {shape}s are there?"])[0]
-            if said != "one":
-                print(f"{text!r}: the model sees {said} {shape}s, which is meant is a guess")
 
 
 def talk(studio, vectors):

@@ -81,7 +81,7 @@ class Config:
     clip_batch: int = 24  # images a step of stage clip
     vae_batch: int = 16  # images a step of stage vae
     decode_batch: int = 32  # images a step of stage decode
-    understand_batch: int = 24  # sequences a step of stage understand
+    understand_batch: int = 21  # sequences a step of stage understand; from 22 compiled twice
     generate_batch: int = 28  # prompts a step of stages generate and tune; 32 would compile longer
     generate_draws: int = 4  # noise draws for each prompt, which share a pass of the backbone
     accumulate: int = 1  # parts of a batch, one after another
@@ -96,11 +96,12 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
+            value = getattr(self, f.name)
             least = 0 if f.name == "seed" or f.name.endswith("_steps") else 1
-            if f.type is int and getattr(self, f.name) < least:
-                raise ValueError(f"--{f.name} {getattr(self, f.name)}: expected {least} or more")
-            if f.name.endswith("_share") and not 0 <= getattr(self, f.name) <= 1:
-                raise ValueError(f"--{f.name} {getattr(self, f.name)}: expected 0 to 1")
+            if f.type is int and value < least:
+                raise ValueError(f"--{f.name} {value}: expected {least} or more")
+            if f.name.endswith("_share") and not 0 <= value <= 1:
+                raise ValueError(f"--{f.name} {value}: expected 0 to 1")
         if self.understand_see_share + self.understand_told_share > 1:
             raise ValueError("--understand_see_share and _told_share: expected at most 1 together")
 
@@ -299,7 +300,6 @@ STAGES = {
     "done": None,
 }
 ORDER = list(STAGES)
-START = {"stage": "clip", "step": 0, "averages": {}, "states": [], "seconds": {}}
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -551,7 +551,7 @@ class Run:
         self.data = D.PreparedSet(c.data)
         self.device, self.dtype, self.compiled = choose_machine(c)
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=bool(self.dtype))
-        self.progress = START
+        self.progress = {"stage": "clip", "step": 0, "averages": {}, "states": [], "seconds": {}}
         state = {}
         if self.path.exists():
             state = load_checkpoint(self.path, self.device)
@@ -564,8 +564,7 @@ class Run:
         self.tokenizer = M.Tokenizer(state["words"]) if state else M.Tokenizer.fit(texts)
         plans = set(self.tokenizer.encode(" ".join(text.get("plan", "") for text in some)))
         self.spare = [i for i in self.tokenizer.ids.values() if i not in plans]
-        names = {f" {name}" for name in (*D.SHAPES, *D.COLORS)}
-        self.names = {i for word, i in self.tokenizer.ids.items() if word in names}
+        self.names = {self.tokenizer.ids.get(f" {name}") for name in (*D.SHAPES, *D.COLORS)}
         torch.manual_seed(c.seed)
         side, channels = self.data.facts["side"], self.data.facts["channels"]
         if channels and self.data.facts["tokens"] != c.tokens:

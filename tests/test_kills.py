@@ -52,7 +52,8 @@ def uninterrupted(micro_flags, tmp_path_factory):
 def place_of(out):
     """(stage, step) of the checkpoint, which has to be whole."""
     path = out / "checkpoint.pt"
-    progress = train.load_checkpoint(path)["progress"] if path.exists() else train.START
+    start = {"stage": "clip", "step": 0}
+    progress = train.load_checkpoint(path)["progress"] if path.exists() else start
     return ORDER.index(progress["stage"]), progress["step"]
 
 
