@@ -578,7 +578,7 @@ class Run:
             print(f"the checkpoint has other sizes of {', '.join(sorted(anew))}, which start anew")
         self.model.load_state_dict(fits, strict=False)
         self.model.to(self.device)
-        self.seconds = dict(self.progress["seconds"])
+        self.seconds = self.progress["seconds"]
         self.began = time.perf_counter()
 
     def check_same(self, state):

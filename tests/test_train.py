@@ -287,7 +287,7 @@ def test_names_of_a_given_plan_are_swapped_with_their_copies(prepared):
     """All that is learned stays so: the plan carries no loss."""
     run, rng, swapped = prepared(), np.random.default_rng(0), 0
     row = [*start({"plan": "circle red c4; square blue f2"})]
-    row = train.told([*row, ("user", "what color is the circle?"), ("bot", "red")])
+    row = train.without_image([*row, ("user", "what color is the circle?"), ("bot", "red")])
     (red,) = run.tokenizer.encode("red")
     for _ in range(100):
         ids, learn = run.sequences([row])
@@ -752,10 +752,11 @@ ALIVE = {
     "vae": "vae_steps=3 vae_batch=2 vae_width=8 seed=1 precision=bf16 save_every=1 accumulate=2"
     " lr=0.01 weight_decay=0.9 ema=0.05",
     "decode": "decode_steps=3 decode_batch=2 predicts=v decoder_width=64 decoder_depth=2",
-    "understand": "understand_steps=3 understand_batch=2 queries=8 depth=2 width=64",
+    "understand": "understand_steps=3 understand_batch=2 queries=8 depth=2 width=64"
+    " understand_see_share=0 understand_told_share=0 plan_share=0",
     "generate": "generate_steps=3 generate_batch=2 target=vae objective=mse joint"
     " no-self_conditioning generate_shift=1.0 head_patch=4 head_width=64 head_depth=2",
-    "tune": "tune_steps=3 generate_draws=1",
+    "tune": "tune_steps=3 generate_draws=1 tune_edit_share=0",
 }
 ALIVE = {re.sub("=.*|no-", "", f): (f"--{f}", s) for s, fs in ALIVE.items() for f in fs.split()}
 ELSEWHERE = {"data", "out", "init", "device", "compile"}  # shown by the tests above
