@@ -88,7 +88,7 @@ class Config:
     understand_see_share: float = 0.45  # of its steps: pictures, with questions or captions
     understand_told_share: float = 0.25  # the same with plans for pictures; the rest are prompts
     tune_edit_share: float = 0.25  # of its rows: edits of pictures; the rest are prompts
-    plan_share: float = 0.8  # of prompts and edits: planned before they are drawn
+    plan_share: float = 0.9  # of prompts and edits: planned before they are drawn
     generate_shift: float = 2.0  # schedule shift in training; above 1 more times near noise
     lr: float = 3e-3  # peak learning rate
     weight_decay: float = 0.3  # decoupled, on matrices
