@@ -81,14 +81,14 @@ class Config:
     clip_batch: int = 24  # images a step of stage clip
     vae_batch: int = 16  # images a step of stage vae
     decode_batch: int = 32  # images a step of stage decode
-    understand_batch: int = 21  # sequences a step of stage understand; from 22 compiled twice
+    understand_batch: int = 21  # sequences a step of stage understand; from 22 it compiles twice
     generate_batch: int = 28  # prompts a step of stages generate and tune; 32 would compile longer
     generate_draws: int = 4  # noise draws for each prompt, which share a pass of the backbone
     accumulate: int = 1  # parts of a batch, one after another
-    understand_see_share: float = 0.45  # of its steps: pictures, with questions or captions
-    understand_told_share: float = 0.25  # the same with plans for pictures; the rest are prompts
-    tune_edit_share: float = 0.25  # of its rows: edits of pictures; the rest are prompts
-    plan_share: float = 0.9  # of prompts and edits: planned before they are drawn
+    understand_see_share: float = 0.45  # share of its steps that read pictures
+    understand_told_share: float = 0.25  # share that read plans in their place; the rest, prompts
+    tune_edit_share: float = 0.25  # share of its rows that edit pictures; the rest, prompts
+    plan_share: float = 0.9  # share of prompts and edits whose row holds the plan
     generate_shift: float = 2.0  # schedule shift in training; above 1 more times near noise
     lr: float = 3e-3  # peak learning rate
     weight_decay: float = 0.3  # decoupled, on matrices
@@ -147,8 +147,8 @@ def understand_batch(run, ids, rng):
     """Rows of one task, since those have about one length. Photos have no plans to tell."""
     c = run.config
     see = c.understand_see_share
-    tell = c.understand_told_share if run.data.texts[0].get("plan") else 0
-    task = rng.choice(["see", "prompt", "told"], p=[see, 1 - see - tell, tell])
+    told = c.understand_told_share if run.data.texts[0].get("plan") else 0
+    task = rng.choice(["see", "prompt", "told"], p=[see, 1 - (see + told), told])
     rows = [understand_row(run, i, rng, task) for i in ids]
     sequences, learn = run.sequences(rows)
     swap_words(run, sequences, learn, rng)
@@ -261,7 +261,8 @@ def tune_batch(run, ids, rng):
     """Instructions: prompts in a user's words, and edits for a share of the rows."""
     c = run.config
     able = np.array([c.target == "clip" and bool(run.data.texts[i].get("edits")) for i in ids])
-    chosen = able & (able.cumsum() <= c.tune_edit_share * len(ids) + 0.5)
+    most = min(c.tune_edit_share * len(ids) + 0.5, len(ids) - 1)
+    chosen = able & (able.cumsum() <= most)
     batch = generate_batch(run, ids[~chosen], rng, 0.1)
     if chosen.any():
         rows, made = zip(*(edit(run, i, rng) for i in ids[chosen]))
@@ -586,7 +587,7 @@ class Run:
         Those whose name begins with a stage's, such as --tune_steps, may change until it begins."""
         used = ORDER.index(self.progress["stage"]) + (self.progress["step"] > 0)
         for name, value in asdict(self.config).items():
-            old = state["config"].get(name, getattr(Config, name))  # one that is new
+            old = state["config"].get(name, value)  # an older commit may lack a setting
             free = name in HARMLESS or name.startswith(tuple(ORDER[used:]))
             if old != value and not free:
                 raise ValueError(f"{self.path} was made with --{name} {old}: take another --out")

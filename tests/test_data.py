@@ -210,7 +210,7 @@ def test_coverage_has_the_area_and_the_place_of_the_shape():
         assert (x, y) == pytest.approx((31.7, 32.4 + rise), abs=0.1)
 
 
-def test_paint_by_pixels():
+def test_render_by_pixels():
     objects = [Object("square", "blue", 20, 20, 16, 16), Object("circle", "red", 44, 40, 20, 20)]
     image = data.render(objects, np.random.default_rng(0))
     assert image.shape == (64, 64, 3) and image.dtype == np.uint8

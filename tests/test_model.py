@@ -544,7 +544,7 @@ def test_parts_and_shapes_follow_the_config():
 
 
 @pytest.mark.parametrize("objective, predicts", [("flow", "x"), ("mse", "x"), ("mse", "v")])
-def test_the_head_imagines_from_the_states_of_the_queries(objective, predicts):
+def test_the_head_generates_from_the_states_of_the_queries(objective, predicts):
     net = build(M.BLIP3o, 300, 16, objective=objective, predicts=predicts)
     ids, noise = make_ids("user", "queries"), torch.randn(3, 4, 6)
     states, flow = net.backbone.states(ids)[:, -3:], dict(steps=2, guidance=2.0, shift=3.0)
@@ -554,7 +554,7 @@ def test_the_head_imagines_from_the_states_of_the_queries(objective, predicts):
     close(net.generate(ids, noise, **flow), wanted, atol=1e-3)
 
 
-def test_pictures_are_painted_by_the_decoder_and_developed_by_the_vae():
+def test_pictures_are_decoded_by_the_decoder_and_the_vae():
     net, flow = build(M.BLIP3o, 300, 16), dict(steps=3, guidance=2.0)
     vectors, noise, scale = torch.randn(2, 4, 6), torch.randn(2, 16, 4), net.normalise["vae"]
     scale.fit(0.1 * torch.randn(9, 4) + 0.2)

@@ -235,15 +235,30 @@ def test_a_quarter_of_the_instructions_are_edits(prepared):
 
 
 def test_shares_are_flags(prepared):
-    """A run that only learns to draw has prompts alone, without plans if these are off."""
+    """Shares of 0 leave prompts alone, without plans. A step of tune keeps one prompt."""
     alone = "--understand_see_share=0 --understand_told_share=0 --tune_edit_share=0 --plan_share=0"
     run, rng, rows = prepared(*alone.split()), np.random.default_rng(0), []
     run.sequences = lambda some: rows.extend(some) or train.Run.sequences(run, some)
     for make in [train.understand_batch, train.tune_batch] * 20:
         assert "vectors" not in make(run, rng.choice(run.data.train_ids, 4), rng)
     assert {tuple(role for role, _ in row) for row in rows} == {("user", "queries")}
-    run = prepared("--understand_see_share=1", "--understand_told_share=0")
+    run = prepared("--understand_see_share=0.9", "--understand_told_share=0.1")
+    assert train.understand_batch(run, run.data.train_ids[:4], rng)  # no share is below 0
+    run = prepared("--understand_see_share=1", "--understand_told_share=0", "--tune_edit_share=1")
     assert "vectors" in train.understand_batch(run, run.data.train_ids[:4], rng)
+    able = np.array([i for i in run.data.train_ids if run.data.texts[i]["edits"]][:4])
+    batch = train.tune_batch(run, able, rng)
+    assert len(batch["ids"]) == 1 and len(batch["edit_ids"]) == 3
+
+
+def test_a_run_of_an_older_commit_continues(prepared, tmp_path):
+    """Its settings lack the new ones."""
+    run = prepared()
+    run.save("vae")
+    state = train.load_checkpoint(run.path)
+    del state["config"]["plan_share"]
+    torch.save(state, run.path)
+    assert prepared("--plan_share=0.5").progress["stage"] == "vae"
 
 
 def test_words_that_a_plan_copies_are_swapped(prepared):
