@@ -87,7 +87,7 @@ class Config:
     accumulate: int = 1  # parts of a batch, one after another
     understand_see_share: float = 0.45  # share of steps of stage understand that read pictures
     understand_told_share: float = 0.25  # share that read plans in their place; the rest, prompts
-    tune_edit_share: float = 0.25  # share of rows of stage tune that edit pictures; the rest, prompts
+    tune_edit_share: float = 0.25  # share of rows of stage tune that are edits; the rest, prompts
     plan_share: float = 0.9  # share of prompts and edits whose row holds the plan
     generate_shift: float = 2.0  # schedule shift in training; above 1 more times near noise
     lr: float = 3e-3  # peak learning rate
