@@ -264,9 +264,9 @@ def split_plan(prompt):
 def draw(studio, picture, vectors):
     """A row of pictures for each prompt; edits stand after the picture that they change."""
     s, rows = studio.settings, []
+    own = None if vectors is None else vectors.expand(s.count, -1, -1)
     for n, (text, plan) in enumerate([split_plan(prompt) for prompt in s.prompts]):
         seeds = range(s.seed + n * s.count, s.seed + (n + 1) * s.count)
-        own = None if vectors is None else vectors.expand(s.count, -1, -1)
         texts = [text] * s.count
         plans = [plan] * s.count
         if s.plan and not plan:

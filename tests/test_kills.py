@@ -52,8 +52,9 @@ def uninterrupted(micro_flags, tmp_path_factory):
 def place_of(out):
     """(stage, step) of the checkpoint, which has to be whole."""
     path = out / "checkpoint.pt"
-    start = {"stage": "clip", "step": 0}
-    progress = train.load_checkpoint(path)["progress"] if path.exists() else start
+    if not path.exists():
+        return 0, 0
+    progress = train.load_checkpoint(path)["progress"]
     return ORDER.index(progress["stage"]), progress["step"]
 
 
