@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 .PHONY: demo test test-long install install-dev
 
 demo: install-dev
-	$(RUN) data.py shapes --out data/shapes --count 30000
+	$(RUN) notebooks/shapes.py --out data/shapes --count 30000
 	$(RUN) train.py --data data/shapes --out out/demo
 	$(RUN) sample.py --run out/demo --out out/demo/samples.png \
 		"a red circle left of a blue square" "three green circles" "a purple triangle" \

@@ -1,8 +1,7 @@
-"""The data of nano-blip3o: a world of coloured shapes with captions and questions, real photos with
-captions, the frozen image towers of timm, and the prepared set on disk that all become.
+"""The data of nano-blip3o: pictures with captions, the frozen image towers of timm, and the set on
+disk that both become. The toy world writes such a set too: notebooks/shapes.py.
 
-    python data.py shapes --out data/shapes --count 30000 --seed 0
-    python data.py photos 'shards/*.tar' FOLDER --out data/photos --size 64 [--tower NAME]
+    python data.py FOLDER 'shards/*.tar' --out data/photos --size 64 [--tower NAME]
 """
 
 import csv
@@ -12,18 +11,16 @@ import json
 import math
 import os
 import re
-import sys
 import tarfile
 import unicodedata
 import zlib
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
-from collections import Counter, namedtuple
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from io import BytesIO
-from itertools import combinations, permutations, product
 from pathlib import Path
 from typing import get_args
 from unittest.mock import patch
@@ -110,172 +107,14 @@ def lock(folder):
         raise ValueError(f"{folder} is in use by another process") from error
 
 
-# ------------------------------------------------------------------------------------- the world
-
-SIDE = 64  # px
-TEXTS = 3  # version of the texts of scenes
-BACKGROUND = (244, 244, 244)
-TALL = 3**0.5 / 2  # height of the triangle divided by its width
-
-# height of the bounding box divided by its width; distance (dx, dy, width) from a point, as seen
-# from the box's centre, to the edge of the shape, negative inside; px
-Shape = namedtuple("Shape", "height distance")
-
-
-def triangle(dx, dy, width):
-    bottom = dy - width * TALL / 2
-    flank = TALL * np.abs(dx) - (dy + width * TALL / 2) / 2
-    return np.maximum(bottom, flank)
-
-
-SHAPES = {
-    "circle": Shape(1, lambda dx, dy, width: np.hypot(dx, dy) - width / 2),
-    "square": Shape(1, lambda dx, dy, width: np.maximum(np.abs(dx), np.abs(dy)) - width / 2),
-    "triangle": Shape(TALL, triangle),
-}
-COLORS = {"red": (220, 45, 45), "green": (50, 165, 70), "blue": (50, 90, 220)}
-COLORS |= {"yellow": (240, 215, 40), "purple": (150, 60, 185), "orange": (240, 125, 20)}
-HELD_OUT = {("triangle", "red"), ("square", "green"), ("circle", "purple")}  # in no training scene
-SEEN = [pair for pair in product(SHAPES, COLORS) if pair not in HELD_OUT]
-# The direction of the first object from the second; y points down, as in the image.
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-NUMBERS = ("zero", "one", "two", "three", "four")
-KINDS = ("single", "color", "counting", "two", "attribution", "position", "free")
-
-# A shape in a picture; x, y = centre of its bounding box and w, h = its size, in px.
-Object = namedtuple("Object", "shape color x y w h")
-
-
-def noun(shape, color=None, count=1):
-    """`noun("circle", "orange")` is "an orange circle", with count 2 "two orange circles"."""
-    name = f"{color} {shape or 'shape'}" if color else shape or "shape"
-    if count > 1:
-        return f"{NUMBERS[count]} {name}s"
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
-def relations(a, b, least=0.5):
-    """The relations of object a to object b by GenEval's formula: a subset of RELATIONS."""
-    delta = np.subtract(a[2:4], b[2:4])
-    beyond = np.maximum(np.abs(delta) - 0.1 * np.add(a[4:], b[4:]), 0)
-    offset = np.sign(delta) * beyond / max(np.linalg.norm(delta), 1e-6)
-    return {name for name, direction in RELATIONS.items() if offset @ direction > least}
-
-
-def place(pairs, rng, relation=None, beside=(), width=None, tries=10**9):
-    """Random Objects of these (shape, color), then those of `beside`, which stay where they are.
-
-    Each is 1 px from the border. A relation holds from object 0 to object 1, with a margin. A
-    scene that jams starts again with the same sizes: size must not betray the count. After so many
-    tries of a hundred layouts the answer is [].
-    """
-    ratios = np.array([(1, SHAPES[shape].height) for shape, _ in pairs])
-    sizes = (width or rng.uniform(14, 26, (len(pairs), 1))) * ratios  # (objects, 2)
-    for _ in range(tries):
-        layouts = rng.uniform(1 + sizes / 2, SIDE - 1 - sizes / 2, (100, *sizes.shape))
-        for centres in layouts.tolist():
-            placed = zip(pairs, centres, sizes.tolist())
-            objects = [*(Object(*pair, *at, *size) for pair, at, size in placed), *beside]
-            free = all(apart(a, b) for a, b in combinations(objects, 2))
-            if free and (not relation or relation in relations(*objects[:2], least=0.55)):
-                return objects
-    return []
-
-
-def apart(a, b):
-    """Whether 2 px lie between the boxes of two objects."""
-    return abs(a.x - b.x) >= (a.w + b.w) / 2 + 2 or abs(a.y - b.y) >= (a.h + b.h) / 2 + 2
-
-
-def random_scene(rng):
-    """Random objects, and the prompt in GenEval's wording that asks for them.
-    Equal shares of its six kinds and of free scenes, whose prompt is "". What a prompt does not
-    name is random. No held-out pair occurs."""
-    kind = str(rng.choice(KINDS))
-    counts = {"single": 1, "color": 1, "counting": rng.integers(2, 5), "free": rng.integers(1, 5)}
-    count = counts.get(kind, 2)
-    while True:
-        pairs = [SEEN[i] for i in rng.integers(len(SEEN), size=count)]
-        shapes, colors = (len(set(names)) for names in zip(*pairs))
-        fine = shapes == (1 if kind == "counting" else count)
-        if kind == "free" or fine and (kind != "attribution" or colors == 2):
-            break
-    relation = str(rng.choice(list(RELATIONS))) if kind == "position" else None
-    objects = place(pairs, rng, relation)
-    if kind == "free":
-        return objects, ""
-    if kind == "counting":
-        return objects, noun(pairs[0][0], None, count)
-    if kind not in ("color", "attribution"):
-        pairs = [(shape, None) for shape, _ in pairs]
-    return objects, f" {relation or 'and'} ".join(noun(*pair) for pair in pairs)
-
-
-def called(o, objects, rng):
-    """One of the ways to name an object so that no other of the scene is meant."""
-    names = {"it": objects, f"the {o.shape}": [p for p in objects if p.shape == o.shape]}
-    names = [name for name, meant in names.items() if len(meant) == 1]
-    return str(rng.choice([*names, f"the {o.color} {o.shape}"]))
-
-
-def change(objects, rng):
-    """Changes a scene: -> (objects after, the instruction, the instruction that undoes it).
-    An object gets another color, or is removed (to undo it is to add it), or moves. None if chance
-    picks a change that this scene does not allow. No held-out pair occurs."""
-    counts = Counter(o[:2] for o in objects)
-    alone = [o for o in objects if counts[o[:2]] == 1]
-    if not alone:
-        return None
-    rng.shuffle(alone)
-    a, others = alone[0], [o for o in objects if o is not alone[0]]
-    kind = rng.choice(["color", "remove", "move", "move"])  # few scenes allow a move
-    name = called(a, objects, rng)
-    if kind == "color":
-        new = a._replace(color=str(rng.choice(list(COLORS))))
-        if new[:2] in counts or new[:2] in HELD_OUT:
-            return None
-        after = [*others, new]
-        return after, f"make {name} {new.color}", f"make {called(new, after, rng)} {a.color}"
-    links = sorted(relations(a, alone[1])) if len(alone) > 1 else []
-    if not links:
-        return None
-    b = alone[1]
-    if kind == "remove":
-        there, back = f"remove {name}", f"add {noun(*a[:2])} {links[0]} {called(b, others, rng)}"
-        return others, there, back
-    relation = str(rng.choice([r for r in RELATIONS if r not in links]))
-    beside = [b, *(o for o in others if o is not b)]
-    after = place([a[:2]], rng, relation, beside, a.w, tries=10)
-    lost = [r for r in links if after and r not in relations(*after[:2])]
-    if not lost:  # the way back would be no change
-        return None
-    there = f"move {name} {relation} {called(b, objects, rng)}"
-    back = f"move {called(a, objects, rng)} {lost[0]} {called(b, objects, rng)}"
-    return after, there, back
-
-
-def coverage(shape, dx, dy, width):
-    """Share inside a shape of this width of pixels at (dx, dy), seen from its box's centre."""
-    return np.clip(0.5 - SHAPES[shape].distance(dx, dy, width), 0, 1)
-
-
-def render(objects, rng):
-    """The picture of a scene: (64, 64, 3) uint8, each color up to 8 steps off."""
-    canvas = np.full((SIDE, SIDE, 3), BACKGROUND, np.float32)
-    grid = np.arange(SIDE) + 0.5  # centres of pixels
-    for o in objects:
-        color = COLORS[o.color] + rng.integers(-8, 9, 3)
-        share = coverage(o.shape, grid - o.x, (grid - o.y)[:, None], o.w)[..., None]
-        canvas += share * (color - canvas)
-    return canvas.round().astype(np.uint8)
-
-
 # ------------------------------------------------------------------------------------- the texts
 
 DESCRIBE = "describe"  # the question whose answer is the caption
 LOCATE = "where is everything?"  # the question whose answer is the plan
-FRAMES = ("{}", "{}", "a picture of {}", "an image with {}", "{} on a plain background")
-FRAMES += ("{n}: {}", "a simple drawing of {}", "a white scene with {}", "you can see {}")
+# A plan names each object and the cell of an 8 x 8 grid that holds its centre, columns from the
+# left, rows from the top: "circle green c4; square red f2". These are patterns.
+CELL = "[a-h][1-8]"
+PLAN = re.compile(rf"(\w+ \w+ {CELL}(; )?)+")
 
 
 def tidy(text):
@@ -284,94 +123,6 @@ def tidy(text):
     words = unicodedata.normalize("NFC", text.lower()).split()  # no-break spaces split too
     text = re.sub("to the (left|right) of", r"\1 of", " ".join(words))
     return text.removesuffix(".").strip()
-
-
-def scene_texts(prompt, objects, rng):
-    """The texts of a scene: {"caption": str, "whole": one that names all, "clean": the prompt or
-    None, "plan": str, "qa": [[question, answer], ...],
-    "edits": [[instruction, rows from here to its result], ...]}."""
-    links = [(a, r, b) for a, b in permutations(objects, 2) for r in sorted(relations(a, b))]
-    caption = whole = long_caption(objects, links, rng)
-    if rng.random() < 0.1:  # a part of the scene, as in real captions
-        shape, color = objects[0][:2]
-        caption = noun(shape, color if rng.random() < 0.5 else None)
-    texts = {"caption": caption, "whole": whole, "clean": prompt or None, "plan": plan(objects)}
-    return texts | {"qa": questions(objects, links, rng), "edits": []}
-
-
-COLUMNS = "abcdefgh"
-CELL = f"[{COLUMNS}][1-8]"  # a pattern, as PLAN, which is that of what `plan` writes
-PLAN = re.compile(rf"(({'|'.join(SHAPES)}) ({'|'.join(COLORS)}) {CELL}(; )?)+")
-
-
-def plan(objects):
-    """A short line for each object: what it is, and which cell of an 8 x 8 grid holds its centre.
-    "circle green c4; square red f2": columns a to h from the left, rows 1 to 8 from the top."""
-    cells = [f"{COLUMNS[int(o.x * 8 / SIDE)]}{int(o.y * 8 / SIDE) + 1}" for o in objects]
-    lines = sorted(zip(cells, objects))  # one order, from left to right, for each scene
-    return "; ".join(f"{o.shape} {o.color} {cell}" for cell, o in lines)
-
-
-def long_caption(objects, links, rng):
-    """Names every object with its color, and up to two relations between unique objects."""
-    counts = Counter(o[:2] for o in objects)
-    names = [noun(*pair, count) for pair, count in counts.items()]
-    rng.shuffle(names)
-    text = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-    facts = [(a, r, b) for a, r, b in links if counts[a[:2]] == counts[b[:2]] == 1]
-    rng.shuffle(facts)
-    if len(objects) == 2 and facts and rng.random() < 0.5:
-        a, r, b = facts[0]
-        text, facts = f"{noun(*a[:2])} {r} {noun(*b[:2])}", []
-    text = str(rng.choice(FRAMES)).format(text, n=noun(None, None, len(objects)))
-    facts = facts[: rng.integers(3)]
-    clauses = [f"the {a.color} {a.shape} {r} the {b.color} {b.shape}" for a, r, b in facts]
-    return f"{text}, with {' and '.join(clauses)}" if clauses else text
-
-
-def questions(objects, links, rng):
-    """4 to 6 [question, answer] with one right answer each; "is there" is balanced."""
-    shapes = Counter(o.shape for o in objects)
-    pool = [["how many objects are there?", NUMBERS[len(objects)]]]
-    for shape in SHAPES:
-        pool.append([f"how many {shape}s are there?", NUMBERS[shapes[shape]]])
-    for o in objects:
-        pool.append([f"what color is the {o.shape}?", o.color])
-        pool.append([f"what shape is the {o.color} object?", o.shape])
-    for a, r, b in links:
-        if shapes[b.shape] == 1:
-            pool.append([f"what is {r} the {b.shape}?", f"{a.color} {a.shape}"])
-        if shapes[a.shape] == shapes[b.shape] == 1:
-            pool.append([f"where is the {a.shape} relative to the {b.shape}?", r])
-    times = Counter(question for question, _ in pool)
-    pool = [pair for pair in pool if times[pair[0]] == 1]
-    rng.shuffle(pool)
-    chosen = pool[: rng.integers(2, 5)]
-    there = [o[:2] for o in objects]
-    absent = [pair for pair in SEEN if pair not in there]
-    for pairs, answer in ((there, "yes"), (absent, "no")):
-        chosen.append([f"is there {noun(*rng.choice(pairs))}?", answer])
-    rng.shuffle(chosen)
-    return chosen
-
-
-def alike(plan, rng):
-    """Equal objects at a plan's places: -> (their prompt, their plan). No held-out pair occurs."""
-    shape, color = SEEN[rng.integers(len(SEEN))]
-    cells = [line[-2:] for line in plan.split("; ")]
-    lines = [f"{shape} {color} {cell}" for cell in cells]
-    return noun(shape, color, len(lines)), "; ".join(lines)
-
-
-def in_order(plan, text):
-    """The lines of a plan in the order in which a text has or names them. "" without a plan."""
-
-    def found(line):
-        shape, color, _ = line.split()
-        # what is not named, -1, comes last
-        return [text.find(w) % 10**6 for w in (line, f"{color} {shape}", shape)]
-
-    return "; ".join(sorted(plan.split("; "), key=found)) if plan else ""
 
 
 # ------------------------------------------------------------------------------- towers of timm
@@ -560,12 +311,15 @@ def find_samples(source, dropped, captions=None):
 
 # ------------------------------------------------------------------------------ the prepared set
 
+TEXTS = 4  # version of a set's texts
+
 
 def prepare(settings, sources, read):
     """Writes what read(source) gives for each {name of a part: source} -> PreparedSet.
     It gives texts, {name: rows} and a Counter of dropped samples. A part that is there is not made
     again, so the same command goes on after a kill, and more sources make a larger set."""
     out = settings["out"]
+    settings = settings | {"texts": TEXTS}
     note = Path(out, "settings.json")
     if not sources:
         raise ValueError("nothing to prepare; --help lists the flags")
@@ -592,7 +346,9 @@ def prepare(settings, sources, read):
 class PreparedSet:
     """A finished folder of `prepare`, its rows opened as memory maps.
 
-    texts: of each row, see `scene_texts`; photos have no plans and edits;
+    texts: of each row a dict. "caption"; "whole", a caption that names all; "plan", or "";
+    "qa", [question, answer] pairs; "prompts", [prompt, plan] pairs, of the caption, of a user's
+    words, of others; "edits", [instruction, rows from here to its result, plan] triples;
     facts: the settings, the pictures' side, and channels, C of a tower's features or None;
     train_ids, val_ids: the split, of which validation is 2 %, at most 500, equal pictures on one
     side; fingerprint: of the content. ValueError if unfinished or damaged.
@@ -610,9 +366,9 @@ class PreparedSet:
                     self.texts += json.loads(part.metadata()["texts"])
                     self.dropped.update(json.loads(part.metadata()["dropped"]))
         except Exception as error:
-            wrong = f"{path.name} is missing or damaged: delete it and run data.py again"
+            wrong = f"{path.name} is missing or damaged: delete it and prepare it again"
             raise ValueError(f"{folder} is not a finished set, {wrong}") from error
-        if self.facts.get("kind") == "shapes" and self.facts.get("texts") != TEXTS:
+        if self.facts.get("texts") != TEXTS:
             raise ValueError(f"{folder} has texts of another version: delete and prepare it")
         hashes = [crc for part in self.parts for crc in part["hashes"].tolist()]
         different = np.unique(hashes)
@@ -631,37 +387,6 @@ class PreparedSet:
         numbers = np.searchsorted(self.ends, ids, "right")
         # i - ends[n] is negative: it counts from the end of part n
         return torch.stack([self.parts[n][name][i - self.ends[n]] for n, i in zip(numbers, ids)])
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Scenes of coloured shapes with texts, a thousand to a part."""
-
-    out: str = "data/shapes"  # folder to write
-    count: int = 30_000  # scenes
-    seed: int = 0  # other scenes for another seed
-
-    def prepare(self):
-        """Draws the scenes -> PreparedSet."""
-        facts = {"kind": "shapes", "texts": TEXTS, "side": SIDE, "channels": None} | asdict(self)
-        parts = {f"part-{i // 1000:05d}.safetensors": i for i in range(0, self.count, 1000)}
-        return prepare(facts, parts, self.read)
-
-    def read(self, start):
-        rng = np.random.default_rng([self.seed, start])
-        count, texts, images = min(1000, self.count - start), [], []
-        while len(texts) < count:
-            objects, prompt = random_scene(rng)
-            changed = change(objects, rng) if len(texts) < count - 1 else None
-            texts.append(scene_texts(prompt, objects, rng))
-            images.append(render(objects, rng))
-            if changed:  # the row after is the scene after
-                after, there, back = changed
-                texts.append(scene_texts("", after, rng))
-                images.append(render(after, rng))
-                texts[-2]["edits"].append([there, 1])
-                texts[-1]["edits"].append([back, -1])
-        return texts, {"images": torch.from_numpy(np.stack(images))}, {}
 
 
 @dataclass(frozen=True)
@@ -706,7 +431,7 @@ class Photos:
                 opened = [pool.submit(open_sample, sides, *sample) for sample in batch]
                 dropped.update(str(s.exception()) for s in opened if s.exception())
                 kept = [s.result() for s in opened if not s.exception()]
-                texts += [{"caption": text, "clean": None, "qa": []} for text, *_ in kept]
+                texts += [captioned(text) for text, *_ in kept]
                 images += [image for _, image, *_ in kept]
                 if tower and kept:
                     views = torch.from_numpy(np.stack([view for *_, view in kept]))
@@ -723,6 +448,12 @@ class Photos:
         return texts, rows, +dropped
 
 
+def captioned(text):
+    """The texts of a picture that has a caption alone, see `PreparedSet`."""
+    texts = {"caption": text, "whole": text, "plan": "", "prompts": [[text, ""]]}
+    return texts | {"qa": [], "edits": []}
+
+
 def open_sample(sides, picture, caption):
     """Bytes of a picture and of its caption -> (caption, picture at each side), or ValueError."""
     text = tidy(caption.decode("utf-8-sig", "replace"))
@@ -732,12 +463,8 @@ def open_sample(sides, picture, caption):
 
 
 def main(arguments=None):
-    kind, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
-    kinds = {"shapes": Shapes, "photos": Photos}
     with plain_errors("data.py"):
-        if kind not in kinds:
-            raise ValueError(f"{kind!r}: expected shapes or photos, as in: data.py shapes --help")
-        parse(kinds[kind], __doc__, rest).prepare()
+        parse(Photos, __doc__, arguments).prepare()
 
 
 if __name__ == "__main__":

@@ -250,22 +250,25 @@ def sample(s):
         print(*studio.answer(vectors, [s.ask]))
 
 
-def split_plan(prompt):
-    """PROMPT | PLAN -> (prompt, plan), else (prompt, None). ValueError if a plan has a mistake."""
+def split_plan(prompt, words):
+    """PROMPT | PLAN -> (prompt, plan), else (prompt, None). ValueError if a plan has a mistake or
+    a name that is not among the tokenizer's words."""
     text, _, plan = prompt.rpartition(" | ")
     plan = D.tidy(plan)
-    if text and D.PLAN.fullmatch(plan):
-        return text, plan
-    if text and re.search(f"{D.CELL}$", plan):
+    if not text or not re.search(f"{D.CELL}$", plan):
+        return prompt, None
+    known = all(f" {name}" in words for name in re.findall(r"\w{3,}", plan))
+    if not known or not D.PLAN.fullmatch(plan):
         raise ValueError(f"{plan!r}: expected a plan as in 'circle red c4; square blue f2'")
-    return prompt, None
+    return text, plan
 
 
 def draw(studio, picture, vectors):
     """A row of pictures for each prompt; edits stand after the picture that they change."""
-    s, rows = studio.settings, []
+    s, rows, words = studio.settings, [], studio.tokenizer.ids
     own = None if vectors is None else vectors.expand(s.count, -1, -1)
-    for n, (text, plan) in enumerate([split_plan(prompt) for prompt in s.prompts]):
+    given = [split_plan(prompt, words) for prompt in s.prompts]
+    for n, (text, plan) in enumerate(given):
         seeds = range(s.seed + n * s.count, s.seed + (n + 1) * s.count)
         texts = [text] * s.count
         plans = [plan] * s.count

@@ -147,7 +147,7 @@ def understand_batch(run, ids, rng):
     """Rows of one task, since those have about one length. Photos have no plans to tell."""
     c = run.config
     see = c.understand_see_share
-    told = c.understand_told_share if run.data.texts[0].get("plan") else 0
+    told = c.understand_told_share if run.data.texts[0]["plan"] else 0
     task = rng.choice(["see", "prompt", "told"], p=[see, 1 - (see + told), told])
     rows = [understand_row(run, i, rng, task) for i in ids]
     sequences, learn = run.sequences(rows)
@@ -160,8 +160,8 @@ def understand_row(run, i, rng, task):
     """A row about picture i. Where it is no prompt, 40 % of the pictures with edits are edited."""
     text = run.data.texts[i]
     if task == "prompt":
-        return request(run, i, rng)
-    if text.get("edits") and rng.random() < 0.4:
+        return prompt(run, i, rng, (0.4, 0.4, 0.2))
+    if text["edits"] and rng.random() < 0.4:
         row, _ = edit(run, i, rng)
     else:
         row = dialogue(text, rng, brief=task == "see")
@@ -195,7 +195,7 @@ def look(text):
 
 
 def located(text):
-    return [[D.LOCATE, text["plan"]]] if text.get("plan") else []  # photos have none
+    return [[D.LOCATE, text["plan"]]] if text["plan"] else []  # photos have none
 
 
 def turns(pairs):
@@ -206,36 +206,26 @@ def dialogue(text, rng, brief):
     """Up to four questions about a picture, then its caption; or one of these, if brief."""
     pairs = text["qa"] + located(text)
     pairs = [pairs[i] for i in rng.permutation(len(pairs))[:4]]
-    pairs.append([D.DESCRIBE, text.get("whole", text["caption"])])
+    pairs.append([D.DESCRIBE, text["whole"]])
     if brief:
         pairs = [pairs[rng.integers(len(pairs))]]
     return look(text) + turns(pairs)
 
 
-def prompt(run, i, rng, broad_share):
-    """A prompt for picture i: its caption, as in pretraining (broad), or a user's words."""
-    text = run.data.texts[i]
-    broad = rng.random() < broad_share or not text["clean"]
-    said = text["caption"] if broad else text["clean"]
-    return planned(run, [("user", said)], D.in_order(text.get("plan"), said), rng)
-
-
-def request(run, i, rng):
-    """A prompt to plan alone. A fifth ask for equal objects, which pictures seldom show."""
-    plan = run.data.texts[i].get("plan")
-    if plan and rng.random() < 0.2:
-        said, plan = D.alike(plan, rng)
-        return planned(run, [("user", said)], plan, rng)
-    return prompt(run, i, rng, 0.5)
+def prompt(run, i, rng, shares):
+    """A prompt about picture i, by chance: its caption, a user's words, or one for equal objects,
+    which pictures seldom show. Photos have their caption alone."""
+    prompts = run.data.texts[i]["prompts"]
+    said, plan = prompts[rng.choice(len(shares), p=shares) % len(prompts)]
+    return planned(run, [("user", said)], plan, rng)
 
 
 def edit(run, i, rng):
     """Picture i, up to two questions, an instruction; and the id of the picture that it makes."""
     text = run.data.texts[i]
     row = look(text) + turns(text["qa"][: rng.integers(3)])
-    instruction, offset = text["edits"][rng.integers(len(text["edits"]))]
+    instruction, offset, plan = text["edits"][rng.integers(len(text["edits"]))]
     row.append(("user", instruction))
-    plan = D.in_order(run.data.texts[i + offset]["plan"], text["plan"])
     return planned(run, row, plan, rng), i + offset
 
 
@@ -250,9 +240,9 @@ def understand_loss(model, generator, ids, learn, vectors=None):
     return model.backbone(ids, learn, vectors)
 
 
-def generate_batch(run, ids, rng, broad_share=1.0):
+def generate_batch(run, ids, rng, shares=(1, 0, 0)):
     """Prompts, and the targets of their K draws, which share one pass of the backbone."""
-    sequences, _ = run.sequences([prompt(run, i, rng, broad_share) for i in ids])
+    sequences, _ = run.sequences([prompt(run, i, rng, shares) for i in ids])
     x = run.cached(run.config.target, np.repeat(ids, run.config.generate_draws))
     return {"ids": sequences, "x": x}
 
@@ -260,10 +250,10 @@ def generate_batch(run, ids, rng, broad_share=1.0):
 def tune_batch(run, ids, rng):
     """Instructions: prompts in a user's words, and edits for a share of the rows."""
     c = run.config
-    able = np.array([c.target == "clip" and bool(run.data.texts[i].get("edits")) for i in ids])
+    able = np.array([c.target == "clip" and bool(run.data.texts[i]["edits"]) for i in ids])
     most = min(c.tune_edit_share * len(ids) + 0.5, len(ids) - 1)
     chosen = able & (able.cumsum() <= most)
-    batch = generate_batch(run, ids[~chosen], rng, 0.1)
+    batch = generate_batch(run, ids[~chosen], rng, (0.1, 0.9, 0))
     if chosen.any():
         rows, made = zip(*(edit(run, i, rng) for i in ids[chosen]))
         batch["edit_ids"], _ = run.sequences(rows)
@@ -536,8 +526,8 @@ def load_checkpoint(path, device="cpu"):
 
 
 def every_text(text):
-    edits = [instruction for instruction, _ in text.get("edits", [])]
-    return [text["caption"], text.get("plan", ""), *chain(*text["qa"]), *edits]
+    edits = [instruction for instruction, *_ in text["edits"]]
+    return [text["caption"], text["plan"], *chain(*text["qa"]), *edits]
 
 
 class Run:
@@ -563,9 +553,10 @@ class Run:
         some = self.data.texts[:5000]
         texts = chain(*map(every_text, some))
         self.tokenizer = M.Tokenizer(state["words"]) if state else M.Tokenizer.fit(texts)
-        plans = set(self.tokenizer.encode(" ".join(text.get("plan", "") for text in some)))
-        self.spare = [i for i in self.tokenizer.ids.values() if i not in plans]
-        self.names = {self.tokenizer.ids.get(f" {name}") for name in (*D.SHAPES, *D.COLORS)}
+        plans = set(" ".join(text["plan"] for text in some).replace(";", "").split())
+        words = self.tokenizer.ids  # what is no name of a plan is a cell, such as c4
+        self.names = {words.get(f" {name}") for name in plans if name.isalpha()}
+        self.spare = [words[word] for word in words if word.strip() not in plans]
         torch.manual_seed(c.seed)
         side, channels = self.data.facts["side"], self.data.facts["channels"]
         if channels and self.data.facts["tokens"] != c.tokens:

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import shapeseval as se  # noqa: E402  (found through the line above)
-from shapeseval import data, share  # noqa: E402
+from shapeseval import data, share, world  # noqa: E402
 
 from sample import Chat, Studio  # noqa: E402
 
@@ -40,12 +40,12 @@ def judge_edit(before, after, instruction, found):
     (item,), (wanted,) = left, new
     if not item or item[:2] != wanted[:2]:
         return False
-    relation = re.search("|".join(data.RELATIONS), instruction)
+    relation = re.search("|".join(world.RELATIONS), instruction)
     if not relation:
         return math.dist(item[2:4], wanted[2:4]) <= SAME
     name = instruction.split(relation[0])[-1].removeprefix(" the ").strip()
     (anchor,) = [o for o in kept if name in ("it", o.shape, f"{o.color} {o.shape}")]
-    return relation[0] in data.relations(item, anchor)
+    return relation[0] in world.relations(item, anchor)
 
 
 def edit_cases(seed, count, held=False):
@@ -53,10 +53,10 @@ def edit_cases(seed, count, held=False):
     `held`, of scenes with a pair that training never shows."""
     rng, cases = np.random.default_rng([seed, 2]), defaultdict(list)
     while len(cases) < 4 or min(map(len, cases.values())) < count:
-        objects, _ = data.random_scene(rng)
+        objects, _ = world.random_scene(rng)
         if held:
             objects = swap_in_held(objects, rng)
-        changed = data.change(objects, rng)
+        changed = world.change(objects, rng)
         if not changed:
             continue
         after, there, back = changed
@@ -68,7 +68,7 @@ def edit_cases(seed, count, held=False):
 def swap_in_held(objects, rng):
     """The scene, one object of which gets the color that its shape never has in training."""
     i = rng.integers(len(objects))
-    color = next(color for shape, color in data.HELD_OUT if shape == objects[i].shape)
+    color = next(color for shape, color in world.HELD_OUT if shape == objects[i].shape)
     return [o._replace(color=color) if n == i else o for n, o in enumerate(objects)]
 
 
@@ -77,7 +77,7 @@ def evaluate_edits(studio, seed, count, held=False, planned=True):
     cases = edit_cases(seed, count, held)
     kinds, before, after, there, back = zip(*cases)
     rng = np.random.default_rng([seed, 3])
-    images = np.stack([data.render(objects, rng) for objects in before])
+    images = np.stack([world.render(objects, rng) for objects in before])
     seeds = [seed * 1_000_000 + i for i in range(len(cases))]
     table = {}
     for name, texts, start, end in (("edit", there, before, after), ("undo", back, after, before)):
@@ -110,13 +110,13 @@ def dialogues():
     scripts = []
     for i, (color, shape) in enumerate(pairs):
         other_color, other = next(p for p in pairs[i + 1 :] + pairs if p[1] != shape)
-        new_color = [c for c in data.COLORS if (shape, c) in data.SEEN and c != color][i % 4]
+        new_color = [c for c in world.COLORS if (shape, c) in world.SEEN and c != color][i % 4]
         one, two = (shape, color), (other, other_color)
         endings = [(f"what color is the {other}?", other_color)]
         endings.append((f"make the {shape} {new_color}", [(shape, new_color), two]))
         endings.append((f"remove the {shape}", [two]))
-        script = [(f"draw {data.noun(*one)}", [one]), ("how many objects are there?", "one")]
-        script.append((f"add {data.noun(*two)} {{}} it", [two, one]))
+        script = [(f"draw {world.noun(*one)}", [one]), ("how many objects are there?", "one")]
+        script.append((f"add {world.noun(*two)} {{}} it", [two, one]))
         scripts.append([*script, endings[i % 3]])
     return scripts
 
@@ -141,7 +141,7 @@ def evaluate_dialogues(studio):
                 hits.append(se.judge(prompt, found))
             if side is None:
                 axis = 1 - n % 2
-                near = hits[0] and found[0][2 + axis] < data.SIDE / 2
+                near = hits[0] and found[0][2 + axis] < world.SIDE / 2
                 side = SIDES[axis][bool(near)]
         turns += hits
         whole += all(hits)
@@ -176,8 +176,8 @@ def evaluate_round_trips(studio, seed, limit):
         hits = [se.parse_caption(text) == pairs for text, pairs in zip(said, wanted)]
         scores[f"text_{name}_text"] = share(hits)
     rng = np.random.default_rng([seed, 4])
-    scenes = [data.random_scene(rng)[0] for _ in range(2 * limit)]
-    images = np.stack([data.render(objects, rng) for objects in scenes])
+    scenes = [world.random_scene(rng)[0] for _ in range(2 * limit)]
+    images = np.stack([world.render(objects, rng) for objects in scenes])
     real = se.in_batches(studio.see, images)
     said = se.in_batches(studio.answer, real[:limit], describe)
     drawn = se.find_objects(se.in_batches(studio.draw, said, seeds))

@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data as D  # noqa: E402  (found through the line above)
 import model as M  # noqa: E402
 import train  # noqa: E402
+from notebooks import shapes as world  # noqa: E402
 
 WIDTHS = ("clip_width", "width", "head_width", "decoder_width")
 DEPTHS = ("depth", "head_depth", "decoder_depth")
@@ -218,7 +219,7 @@ def row_c(bench, size):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     c = bench.config(size, self_conditioning=False)
-    ours = M.BLIP3o(c, VOCABULARY, D.SIDE).to(bench.device).requires_grad_(False)
+    ours = M.BLIP3o(c, VOCABULARY, world.SIDE).to(bench.device).requires_grad_(False)
     lm, queries = qwen2(c).model.to(bench.device), ours.backbone.queries
     head = lumina(c, bench.device)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SAMPLING["shift"])
@@ -268,7 +269,7 @@ def row_e(bench, size):
         begun[0] = time.perf_counter()
 
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-        D.Shapes(out=f"{folder}/set", count=1000).prepare()
+        world.Shapes(out=f"{folder}/set", count=1000).prepare()
         steps = NO_STEPS | {"tune_steps": bench.rounds + 2, "save_every": 1}
         with patch.object(train.Run, "save"), patch.object(train.Run, "log", log):
             train.train(bench.config(size, data=f"{folder}/set", out=folder, **steps))

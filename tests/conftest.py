@@ -10,8 +10,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
-import data  # noqa: E402  (found through the line above)
 import train  # noqa: E402
+from notebooks import shapes as world  # noqa: E402
 
 STAGES = ("clip", "vae", "decode", "understand", "generate", "tune")
 WIDTHS = ("clip_width", "width", "head_width", "decoder_width")
@@ -29,7 +29,7 @@ def pytest_addoption(parser):
 def micro_flags(tmp_path_factory) -> list[str]:
     """Flags of train.py for a run of a second on a prepared set of 600 scenes; --out is missing."""
     folder = str(tmp_path_factory.mktemp("set"))
-    data.main(["shapes", "--out", folder, "--count", "600"])
+    world.main(["--out", folder, "--count", "600"])
     return ["--data", folder, *(f"--{name}={value}" for name, value in SIZES.items())]
 
 

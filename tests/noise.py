@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import shapeseval as se
-from shapeseval import data
+from shapeseval import data, world
 from tqdm import tqdm
 
 from sample import Studio, find_run
@@ -24,10 +24,10 @@ NUMBERS = (1, 2, 3, 4)
 
 def count(studio, seeds, planned):
     """Objects found in pictures of each shape, number and seed: (shapes, numbers, seeds)."""
-    counts = np.zeros((len(data.SHAPES), len(NUMBERS), len(seeds)), int)
-    for s, shape in enumerate(tqdm(data.SHAPES)):
+    counts = np.zeros((len(world.SHAPES), len(NUMBERS), len(seeds)), int)
+    for s, shape in enumerate(tqdm(world.SHAPES)):
         for n, number in enumerate(NUMBERS):
-            prompts = [data.noun(shape, None, number)] * len(seeds)
+            prompts = [world.noun(shape, None, number)] * len(seeds)
             plans = studio.plan(prompts, seeds) if planned else None
             found = se.find_objects(studio.draw(prompts, seeds, plans))
             counts[s, n] = [len(objects) for objects in found]

@@ -29,6 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data  # noqa: E402  (found through the line above)
 import model as M  # noqa: E402
+from notebooks import shapes as world  # noqa: E402
 from sample import Settings as Drawing  # noqa: E402
 from sample import Studio, find_run  # noqa: E402
 
@@ -41,17 +42,17 @@ def grammar(first, second):
     """Every prompt on one of `first`, or on it beside one of `second`: lists of (shape, color)."""
     sets = {"single": [], "counting": [], "two": [], "position": []}
     for a in first:
-        sets["single"].append(Prompt(data.noun(*a), "colors" if a[1] else "single", (a,)))
+        sets["single"].append(Prompt(world.noun(*a), "colors" if a[1] else "single", (a,)))
     for count, a in product((2, 3, 4), first):
-        sets["counting"].append(Prompt(data.noun(*a, count), "counting", (a,) * count))
+        sets["counting"].append(Prompt(world.noun(*a, count), "counting", (a,) * count))
     couples = [(a, b) for a, b in product(first, second) if a[0] != b[0]]
     couples = [(a, b) for a, b in couples if a[1] is None or a[1] != b[1]]
     couples += [(b, a) for a, b in couples]
     for a, b in dict.fromkeys(couples):  # each couple once
-        one, two = data.noun(*a), data.noun(*b)
+        one, two = world.noun(*a), world.noun(*b)
         category = "attribution" if a[1] or b[1] else "two"
         sets["two"].append(Prompt(f"{one} and {two}", category, (a, b)))
-        for name in data.RELATIONS:
+        for name in world.RELATIONS:
             sets["position"].append(Prompt(f"{one} {name} {two}", "position", (a, b), name))
     return sets
 
@@ -61,7 +62,7 @@ def deal(prompts, count, rng):
     mixed = [prompts[i] for i in rng.permutation(len(prompts))]
     dealt, turns = Counter(), []
     for prompt in mixed:
-        held = frozenset(data.HELD_OUT.intersection(prompt.objects))
+        held = frozenset(world.HELD_OUT.intersection(prompt.objects))
         stratum = (prompt.relation, len(prompt.objects), held)
         turns.append(dealt[stratum])
         dealt[stratum] += 1
@@ -72,10 +73,10 @@ def deal(prompts, count, rng):
 def eval_prompts():
     """ShapesEval: {"seen": 553, "heldout": 198, "composed": 198 prompts}, the same for ever."""
     rng = np.random.RandomState(0)  # the legacy generator, because its stream is frozen
-    known = [pair for pair in product(data.SHAPES, data.COLORS) if pair not in data.HELD_OUT]
-    shapes = [(shape, None) for shape in data.SHAPES]
+    known = [pair for pair in product(world.SHAPES, world.COLORS) if pair not in world.HELD_OUT]
+    shapes = [(shape, None) for shape in world.SHAPES]
     plain, seen = grammar(shapes, shapes), grammar(known, known)
-    held = grammar(sorted(data.HELD_OUT), known)
+    held = grammar(sorted(world.HELD_OUT), known)
     sets = {"seen": [(plain["single"], 80), (plain["two"], 99), (plain["position"], 100)]}
     sets["seen"] += [(seen["single"], 94), (seen["two"], 100)]
     for number, size in ((2, 26), (3, 28), (4, 26)):
@@ -92,21 +93,21 @@ def long_prompts(count=500):
     """Long captions of new scenes as prompts. They ask for exactly the scene's objects."""
     rng, prompts = np.random.default_rng(2**31), []
     while len(prompts) < count:
-        objects, prompt = data.random_scene(rng)
-        caption = data.scene_texts(prompt, objects, rng)["caption"]
+        objects, prompt = world.random_scene(rng)
+        caption = world.scene_texts(prompt, objects, rng)["caption"]
         pairs = tuple(o[:2] for o in objects)
         if parse_caption(caption) == Counter(pairs):  # else a short one, which leaves things out
             prompts.append(Prompt(caption, "long", pairs))
     return prompts
 
 
-PALETTE = np.array(list(data.COLORS.values()), np.float32)  # (colors, 3)
+PALETTE = np.array(list(world.COLORS.values()), np.float32)  # (colors, 3)
 SPECK = 12  # px2; a larger region counts as an object
 SURE, MARGIN = 0.86, 0.05  # the overlap that a template needs, and its lead over the second
 NEAR = 50  # greatest distance of a color from its palette entry
 WIDTHS = (11, 30)  # px, of what counts as an object
 SQUARE = np.ones((3, 3), bool)  # a pixel and its eight neighbours
-GRID = np.arange(data.SIDE, dtype=np.float32) + 0.5  # centres of pixels
+GRID = np.arange(world.SIDE, dtype=np.float32) + 0.5  # centres of pixels
 
 
 @cache
@@ -114,14 +115,14 @@ def template_moments(shape, width=256):
     """(area, how far the centroid lies below the box's centre) of a shape of width 1, measured on
     a large drawing of it, so that a new shape needs no constants here."""
     away = np.arange(-width, width, dtype=np.float32) + 0.5
-    inside = data.coverage(shape, away, away[:, None], np.float32(width))  # (2 width, 2 width)
+    inside = world.coverage(shape, away, away[:, None], np.float32(width))  # (2 width, 2 width)
     area = float(inside.sum(dtype=np.float64))
     return area / width**2, float(inside.sum(1) @ away / area / width)
 
 
 def color_classes(offset):
     """Image minus background (64, 64, 3) -> palette index of each pixel, -1 = background."""
-    rays = PALETTE - np.float32(data.BACKGROUND)
+    rays = PALETTE - np.float32(world.BACKGROUND)
     length = np.linalg.norm(rays, axis=1)
     along = offset @ (rays / length[:, None]).T  # (64, 64, colors)
     reach, nearest = along.max(-1), along.argmax(-1)
@@ -157,28 +158,28 @@ def fit_object(offset, own, taken):
     total = alpha.sum() + 1e-6
     x, y = float(alpha.sum(0) @ GRID / total), float(alpha.sum(1) @ GRID / total)
     fitted = [(0.0, None, 0.0, 0.0)]
-    for shape in data.SHAPES:
+    for shape in world.SHAPES:
         # Area and centroid survive blur. The tips of a triangle, and so its box, do not.
         area, below = template_moments(shape)
         width = math.sqrt(total / area)
         middle = y - below * width
-        template = data.coverage(shape, GRID - x, (GRID - middle)[:, None], width)
+        template = world.coverage(shape, GRID - x, (GRID - middle)[:, None], width)
         overlap = np.minimum(alpha, template).sum() / np.maximum(alpha, template).sum()
         fitted.append((float(overlap), shape, middle, width))
     (second, *_), (best, shape, middle, width) = sorted(fitted, key=lambda row: row[0])[-2:]
-    apart = np.linalg.norm(ray + data.BACKGROUND - PALETTE, axis=1)
+    apart = np.linalg.norm(ray + world.BACKGROUND - PALETTE, axis=1)
     clear = best >= SURE and best - second >= MARGIN and apart.min() <= NEAR
     if not clear or not WIDTHS[0] <= width <= WIDTHS[1]:
         return None
-    box = (x, middle, width, width * data.SHAPES[shape].height)
-    return data.Object(shape, list(data.COLORS)[apart.argmin()], *box)
+    box = (x, middle, width, width * world.SHAPES[shape].height)
+    return world.Object(shape, list(world.COLORS)[apart.argmin()], *box)
 
 
 def find_objects(images):
     """uint8 (B, 64, 64, 3) -> the Objects of each picture; None = a region that is no object."""
     found = []
     for image in images:
-        offset = image - np.float32(data.BACKGROUND)
+        offset = image - np.float32(world.BACKGROUND)
         classes = color_classes(offset)
         masks = regions(classes)
         found.append([fit_object(offset, own, (classes >= 0) & ~own) for own in masks])
@@ -201,7 +202,7 @@ def judge(prompt, found, strict=True):
         return sum(fits(prompt.objects[0], item) for item in items) == count
     for chosen in permutations(items, count):
         right = all(fits(wanted, item) for wanted, item in zip(prompt.objects, chosen))
-        if right and (prompt.relation is None or prompt.relation in data.relations(*chosen)):
+        if right and (prompt.relation is None or prompt.relation in world.relations(*chosen)):
             return True
     return False
 
@@ -241,12 +242,12 @@ def score_prompts(prompts, images):
     free = [i for i, p in enumerate(prompts) if not any(color for _, color in p.objects)]
     counts = Counter(item.color for i in free for item in found[i] if item)
     shares = np.array(list(counts.values())) / max(1, counts.total())
-    table["entropy"] = float((shares * -np.log(shares)).sum() / math.log(len(data.COLORS)))
+    table["entropy"] = float((shares * -np.log(shares)).sum() / math.log(len(world.COLORS)))
     return table
 
 
 REACH = 6  # px, from the centre of a planned cell
-CELL = data.SIDE / 8
+CELL = world.SIDE / 8
 
 
 def parse_plan(text):
@@ -255,8 +256,8 @@ def parse_plan(text):
         return []
     objects = []
     for shape, color, cell in (line.split() for line in text.split("; ")):
-        x, y = data.COLUMNS.index(cell[0]) + 0.5, int(cell[1]) - 0.5
-        objects.append(data.Object(shape, color, x * CELL, y * CELL, 0, 0))
+        x, y = world.COLUMNS.index(cell[0]) + 0.5, int(cell[1]) - 0.5
+        objects.append(world.Object(shape, color, x * CELL, y * CELL, 0, 0))
     return objects
 
 
@@ -286,9 +287,9 @@ def real_picture(prompt, rng):
     """A rendered scene (64, 64, 3) that fits a prompt. What is not named is never held out."""
     pairs = []
     for wanted in prompt.objects:
-        choices = [pair for pair in data.SEEN if fits(wanted, pair)] or [wanted]
+        choices = [pair for pair in world.SEEN if fits(wanted, pair)] or [wanted]
         pairs.append(choices[rng.integers(len(choices))])
-    return data.render(data.place(pairs, rng, prompt.relation), rng)
+    return world.render(world.place(pairs, rng, prompt.relation), rng)
 
 
 def evaluate_shapes(studio, seed, count):
@@ -354,8 +355,8 @@ def parse_caption(text):
     """
     text = text.split(", with the ")[0]  # after it stands where the objects lie
     text = text.split(": ")[-1]  # before it stands the number of all shapes
-    counts = {word: i for i, word in enumerate(data.NUMBERS)} | {"a": 1, "an": 1}
-    numbers, colors, shapes = map("|".join, (counts, data.COLORS, [*data.SHAPES, "shape"]))
+    counts = {word: i for i, word in enumerate(world.NUMBERS)} | {"a": 1, "an": 1}
+    numbers, colors, shapes = map("|".join, (counts, world.COLORS, [*world.SHAPES, "shape"]))
     pattern = rf"\b({numbers}) (?:({colors})\b ?)?(?:({shapes})s?\b)?"
     named, group = Counter(), None
     for number, color, shape in re.findall(pattern, text):
@@ -375,7 +376,7 @@ def understanding(studio, scenes, training):
     vectors = in_batches(studio.see, np.stack(images))  # (B, N, C)
     which, questions, truth = zip(*((n, *pair) for n, row in enumerate(asked) for pair in row))
     once = list(dict.fromkeys(questions))
-    empty = studio.see(np.full_like(images[:1], data.BACKGROUND)).expand(len(once), -1, -1)
+    empty = studio.see(np.full_like(images[:1], world.BACKGROUND)).expand(len(once), -1, -1)
     blank = dict(zip(once, in_batches(studio.answer, empty, once)))
     answers = {"model": in_batches(studio.answer, vectors[list(which)], questions)}
     answers["blind"] = blind_answers(training, questions)
@@ -390,15 +391,15 @@ def understanding(studio, scenes, training):
 def heldout_scene(i, rng):
     """Scene i with one held-out pair and up to three others; see `understanding`. "is there" is
     asked of that pair, and of another held-out one that is not there."""
-    held = sorted(data.HELD_OUT)
+    held = sorted(world.HELD_OUT)
     there, absent = held[i % len(held)], held[(i + 1) % len(held)]
-    others = [data.SEEN[j] for j in rng.integers(len(data.SEEN), size=i % 4)]
-    objects = data.place([there, *others], rng)
-    asked = data.scene_texts(None, objects, rng)["qa"]
+    others = [world.SEEN[j] for j in rng.integers(len(world.SEEN), size=i % 4)]
+    objects = world.place([there, *others], rng)
+    asked = world.scene_texts(None, objects, rng)["qa"]
     asked = [pair for pair in asked if kind_of(pair[0]) != "is there"]
     for pair, answer in ((there, "yes"), (absent, "no")):
-        asked.append([f"is there {data.noun(*pair)}?", answer])
-    return data.render(objects, rng), [there, *others], asked
+        asked.append([f"is there {world.noun(*pair)}?", answer])
+    return world.render(objects, rng), [there, *others], asked
 
 
 def evaluate_understanding(studio, dataset, seed, limit=500):

@@ -1,6 +1,6 @@
 """Makes the weights that come along of a finished run: half precision, one safetensors file.
 
-python data.py shapes --out data/shapes60 --count 60000
+python notebooks/shapes.py --out data/shapes60 --count 60000
 python train.py @notebooks/shipped.flags
 python tests/ship.py out/shipped weights/shapes.safetensors
 """

@@ -112,7 +112,7 @@ class Settings:
     """What to score: the fields are the flags, the comments their help."""
 
     run: str = ""  # folder of a run, or a checkpoint; without, the newest below out/
-    data: str = "data/stickers"  # the prepared set, of data.py photos
+    data: str = "data/stickers"  # the prepared set, of data.py
     tower: str = "tf_efficientnet_lite0"  # timm model of the judge
     weights: str = ""  # file of its weights; timm's hub without
     seed: int = 0  # of the noise

@@ -7,8 +7,8 @@ import shapeseval
 import torch
 from abilities import judge_edit
 
-import data
-from data import Object
+from notebooks import shapes as world
+from notebooks.shapes import Object
 
 RED = Object("circle", "red", 20.0, 20.0, 16.0, 16.0)
 BLUE = Object("square", "blue", 44.0, 22.0, 18.0, 18.0)
@@ -52,11 +52,11 @@ def test_real_edits_are_judged_right_and_their_beginnings_wrong():
         assert len(cases) == 80
         for kind, before, after, there, _ in cases:
             assert there.split()[0] == kind
-            images = np.stack([data.render(objects, rng) for objects in (after, before)])
+            images = np.stack([world.render(objects, rng) for objects in (after, before)])
             right, wrong = shapeseval.find_objects(images)
             assert judge_edit(before, after, there, right)
             assert not judge_edit(before, after, there, wrong)
-    held = [{o[:2] for o in before} & data.HELD_OUT for _, before, *_ in cases]
+    held = [{o[:2] for o in before} & world.HELD_OUT for _, before, *_ in cases]
     assert np.mean([bool(pairs) for pairs in held]) > 0.5
 
 
@@ -76,23 +76,23 @@ def test_a_dialogue_counts_if_every_turn_is_right(monkeypatch, broken):
             if isinstance(wanted, str):
                 assert text == turn
                 return ("many" if broken == "answer" else wanted), None
-            assert not data.HELD_OUT & set(wanted)
+            assert not world.HELD_OUT & set(wanted)
             side = text.split(turn.partition("{}")[0])[-1].removesuffix(" it")
             assert text == turn.format(side)
             pairs = wanted[: 1 if broken == "picture" else None]
             if "{}" not in turn or len(pairs) < 2:
-                objects = data.place(pairs, rng)
+                objects = world.place(pairs, rng)
                 self.first = objects[0]
             else:
                 asked.append(side)
                 opposite = {"left of": "right of", "above": "below"}
                 opposite |= {b: a for a, b in opposite.items()}
                 side = opposite[side] if broken == "side" else side
-                objects = data.place(pairs, rng, side)
+                objects = world.place(pairs, rng, side)
                 x, y = self.first[2:4]
                 room = {"left of": x, "right of": 64 - x, "above": y, "below": 64 - y}
                 assert room[asked[-1]] >= 31  # px; the checker's centre may be half a pixel off
-            return "plan", data.render(objects, rng)
+            return "plan", world.render(objects, rng)
 
     rng, scripts, asked = np.random.default_rng(0), iter(abilities.dialogues() * 2), []
     assert [len(script) for script in abilities.dialogues()] == [4] * 10
@@ -101,7 +101,7 @@ def test_a_dialogue_counts_if_every_turn_is_right(monkeypatch, broken):
     scores = abilities.evaluate_dialogues(None)
     assert scores["dialogues_right"] == (0 if broken else 20) and scores["dialogues"] == 20
     assert (scores["turns"] == 1) == (broken is None)
-    assert broken == "picture" or set(asked) == set(data.RELATIONS)
+    assert broken == "picture" or set(asked) == set(world.RELATIONS)
 
 
 def test_mmd_tells_two_distributions_from_one():

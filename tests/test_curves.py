@@ -117,7 +117,7 @@ def test_runs_without_copies_and_photos_are_refused(made, micro_run, tmp_path, c
     for i in range(3):
         Image.new("RGB", (32, 32), (80 * i, 0, 0)).save(photos / f"{i}.png")
         (photos / f"{i}.txt").write_text("a wall")
-    data.main(["photos", str(photos), "--out", str(tmp_path / "set")])
+    data.main([str(photos), "--out", str(tmp_path / "set")])
     with pytest.raises(SystemExit) as stop:
         curves.main([*flags, "--data", str(tmp_path / "set")])
     assert stop.value.code == 2 and "is no set of shapes" in capsys.readouterr().err

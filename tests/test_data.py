@@ -15,7 +15,8 @@ from shapeseval import Prompt, fits, judge, parse_caption
 import data
 import sample
 import train
-from data import COLORS, HELD_OUT, SEEN, SHAPES, Object
+from notebooks import shapes as world
+from notebooks.shapes import COLORS, HELD_OUT, SEEN, SHAPES, Object
 
 SCENES = 3000
 
@@ -27,8 +28,8 @@ def scenes():
     for seed in range(6):
         rng = np.random.default_rng(seed)
         for _ in range(SCENES // 6):
-            objects, prompt = data.random_scene(rng)
-            made.append((prompt, objects, data.scene_texts(prompt, objects, rng)))
+            objects, prompt = world.random_scene(rng)
+            made.append((prompt, objects, world.scene_texts(prompt, objects, rng)))
     return made
 
 
@@ -40,7 +41,7 @@ def test_no_held_out_pair_is_drawn_or_named(scenes):
     seen = Counter()
     for _, objects, texts in scenes:
         seen.update(o[:2] for o in objects)
-        said = [texts["caption"], texts["clean"] or "", *(" ".join(pair) for pair in texts["qa"])]
+        said = [texts["caption"], texts["prompts"][1][0], *(" ".join(pair) for pair in texts["qa"])]
         assert not [text for text in said if names.search(text)]
     assert set(seen) == set(SEEN) and not HELD_OUT & set(seen)
     assert names.search("is there a red triangle?")  # the search would find one
@@ -50,20 +51,20 @@ def test_an_object_is_placed_beside_those_that_stay():
     """In its relation to the first of them, in its width, or nowhere where there is no room."""
     rng = np.random.default_rng(0)
     fixed = [Object("circle", "red", 32.0, 32.0, 16.0, 16.0)]
-    for relation in data.RELATIONS:
-        new, *rest = data.place([("square", "blue")], rng, relation, fixed, 15.0)
-        assert rest == fixed and new.w == 15 and relation in data.relations(new, fixed[0])
+    for relation in world.RELATIONS:
+        new, *rest = world.place([("square", "blue")], rng, relation, fixed, 15.0)
+        assert rest == fixed and new.w == 15 and relation in world.relations(new, fixed[0])
         gaps = np.abs(np.subtract(new[2:4], fixed[0][2:4])) - np.add(new[4:], fixed[0][4:]) / 2
         assert gaps.max() >= 2
     full = [Object("square", "red", 32.0, 32.0, 60.0, 60.0)]
-    assert data.place([("square", "blue")], rng, None, full, tries=50) == []
+    assert world.place([("square", "blue")], rng, None, full, tries=50) == []
 
 
 def test_a_change_is_what_its_instruction_says():
     """Both ways. It names one object; all others stay; no held-out pair comes up."""
     rng, kinds = np.random.default_rng(0), Counter()
-    scenes = (data.random_scene(rng)[0] for _ in range(1200))
-    made = [(objects, *changed) for objects in scenes if (changed := data.change(objects, rng))]
+    scenes = (world.random_scene(rng)[0] for _ in range(1200))
+    made = [(objects, *changed) for objects in scenes if (changed := world.change(objects, rng))]
     for before, after, there, back in made:
         assert not HELD_OUT & {o[:2] for o in after}
         for old, new, said in ((before, after, there), (after, before, back)):
@@ -82,7 +83,7 @@ def test_a_change_is_what_its_instruction_says():
             elif verb == "move":
                 assert [*come][0][:2] == target[:2] and [*come][0].w == target.w
             elif verb == "add":
-                assert said.startswith(f"add {data.noun(*[*come][0][:2])} ")
+                assert said.startswith(f"add {world.noun(*[*come][0][:2])} ")
             assert judge_edit(old, new, said, new)  # the relation, to the one object of its name
     assert set(kinds) == {"make", "move", "add", "remove"} and min(kinds.values()) > 40
 
@@ -90,50 +91,54 @@ def test_a_change_is_what_its_instruction_says():
 def test_a_plan_has_a_line_for_each_object_from_left_to_right():
     objects = [Object("square", "red", 43.0, 9.0, 15, 15)]
     objects.append(Object("circle", "green", 20.0, 31.9, 20, 20))
-    assert data.plan(objects) == "circle green c4; square red f2"
+    assert world.plan(objects) == "circle green c4; square red f2"
     assert data.PLAN.fullmatch("circle green c4; square red f2")
-    wrong = ["circle green", "two", "circle green c9", "circle green i1", "green circle c4", ""]
+    wrong = ["circle green", "two", "circle green c9", "circle green i1", "circle c4", ""]
     for text in wrong:
         assert not data.PLAN.fullmatch(text)
-    assert data.plan([]) == ""
+    assert world.plan([]) == ""
 
 
 def test_a_plan_is_put_in_the_order_of_a_text():
     plan = "circle red b3; square blue c4; circle red f6"
     right = "circle red b3; circle red f6; square blue c4"
-    assert data.in_order(plan, "two red circles and a blue square") == right
-    assert data.in_order(plan, "a square and two circles").startswith("square blue c4; ")
-    assert data.in_order(plan, "three objects") == plan
-    assert data.in_order(plan, "a blue square").startswith("square blue c4; ")
-    assert data.in_order(None, "a dog") == data.in_order("", "a dog") == ""
+    assert world.in_order(plan, "two red circles and a blue square") == right
+    assert world.in_order(plan, "a square and two circles").startswith("square blue c4; ")
+    assert world.in_order(plan, "three objects") == plan
+    assert world.in_order(plan, "a blue square").startswith("square blue c4; ")
 
 
 def test_a_plan_after_an_edit_keeps_the_order_before_and_ends_with_what_is_new():
     before = "circle red b3; square blue c4; circle red f6"
     after = "circle red a1; circle red f6; square blue c4"
-    assert data.in_order(after, before) == "square blue c4; circle red f6; circle red a1"
-    assert data.in_order("square blue c4; circle red f6", before) == "square blue c4; circle red f6"
+    assert world.in_order(after, before) == "square blue c4; circle red f6; circle red a1"
+    removed = "square blue c4; circle red f6"
+    assert world.in_order(removed, before) == removed
 
 
 def test_a_set_with_older_texts_is_refused(tmp_path):
-    data.Shapes(out=str(tmp_path), count=4).prepare()
+    world.Shapes(out=str(tmp_path), count=4).prepare()
     note = tmp_path / "settings.json"
-    note.write_text(note.read_text().replace('"texts": 3', '"texts": 2'))
+    note.write_text(note.read_text().replace(f'"texts": {data.TEXTS}', '"texts": 2'))
     with pytest.raises(ValueError, match="another version"):
         data.PreparedSet(tmp_path)
 
 
-def test_a_plan_of_equal_objects_keeps_the_places():
+def test_a_plan_of_equal_objects_keeps_the_places(tmp_path):
     rng, seen = np.random.default_rng(0), set()
     for _ in range(300):
-        said, plan = data.alike("circle red b3; square blue c4; circle red f6", rng)
+        said, plan = world.alike("circle red b3; square blue c4; circle red f6", rng)
         (shape, color, _), *_ = lines = [line.split() for line in plan.split("; ")]
         assert lines == [[shape, color, cell] for cell in ("b3", "c4", "f6")]
         assert said == f"three {color} {shape}s"
         seen.add((shape, color))
-    assert seen == set(data.SEEN)  # and nothing that is held out
-    said, plan = data.alike("circle red b3", rng)
-    assert said == data.noun(*plan.split()[:2])
+    assert seen == set(world.SEEN)  # and nothing that is held out
+    said, plan = world.alike("circle red b3", rng)
+    assert said == world.noun(*plan.split()[:2])
+    for text in world.Shapes(out=str(tmp_path), count=50).prepare().texts:
+        (_, _, (said, plan)), cells = text["prompts"], re.findall(data.CELL, text["plan"])
+        assert re.findall(data.CELL, plan) == cells
+        assert said == world.noun(*plan.split()[:2], len(cells))
 
 
 def test_seven_kinds_have_equal_shares(scenes):
@@ -141,7 +146,7 @@ def test_seven_kinds_have_equal_shares(scenes):
     for prompt, _, _ in scenes:
         colored = any(color in prompt for color in COLORS)
         word = next((w for w in (" and ", " of ", " above ", " below ") if w in prompt), "")
-        counted = prompt.split(" ")[0] in data.NUMBERS
+        counted = prompt.split(" ")[0] in world.NUMBERS
         kinds[(prompt == "", colored, word == " and ", word not in ("", " and "), counted)] += 1
     assert len(kinds) == 7
     # five standard deviations of a binomial count
@@ -152,7 +157,7 @@ def test_seven_kinds_have_equal_shares(scenes):
 def test_a_prompt_names_its_scene(scenes):
     for prompt, objects, _ in scenes:
         named = tuple(parse_caption(prompt).elements())
-        relation = re.search("|".join(data.RELATIONS), prompt)
+        relation = re.search("|".join(world.RELATIONS), prompt)
         assert not prompt or judge(Prompt(prompt, "", named, relation and relation[0]), objects)
 
 
@@ -172,28 +177,28 @@ def test_objects_keep_their_distances(scenes):
 
 def test_place():
     rng = np.random.default_rng(0)
-    widths = [o.w for _ in range(300) for o in data.place([("circle", "red")] * 4, rng)]
+    widths = [o.w for _ in range(300) for o in world.place([("circle", "red")] * 4, rng)]
     # uniform from 14 to 26, however crowded: mean 20, standard deviation 3.46
     assert np.mean(widths) == pytest.approx(20, abs=5 * 3.46 / math.sqrt(len(widths)))
     pairs = [("circle", "red"), ("square", "blue"), ("square", "blue")]
-    for relation in list(data.RELATIONS) * 30:
-        a, b, _ = data.place(pairs, rng, relation)
-        assert relation in data.relations(a, b, 0.55)
+    for relation in list(world.RELATIONS) * 30:
+        a, b, _ = world.place(pairs, rng, relation)
+        assert relation in world.relations(a, b, 0.55)
 
 
 def test_relations_by_hand():
     def at(x, y, size=10):
         return Object("circle", "red", x, y, size, size)
 
-    assert data.relations(at(10, 30), at(50, 30)) == {"left of"}
-    assert data.relations(at(50, 30), at(10, 30)) == {"right of"}
-    assert data.relations(at(30, 10), at(30, 50)) == {"above"}
-    assert data.relations(at(30, 50), at(30, 10)) == {"below"}
+    assert world.relations(at(10, 30), at(50, 30)) == {"left of"}
+    assert world.relations(at(50, 30), at(10, 30)) == {"right of"}
+    assert world.relations(at(30, 10), at(30, 50)) == {"above"}
+    assert world.relations(at(30, 50), at(30, 10)) == {"below"}
     # offset (20 - 2) / hypot(20, 20) = 0.64 in both directions
-    assert data.relations(at(10, 10), at(30, 30)) == {"left of", "above"}
+    assert world.relations(at(10, 10), at(30, 30)) == {"left of", "above"}
     # across: (12 - 2) / hypot(20, 12) = 0.43, down: (20 - 2) / 23.3 = 0.77
-    assert data.relations(at(18, 10), at(30, 30)) == {"above"}
-    assert data.relations(at(30, 30), at(31, 30)) == set()  # within a tenth of the sizes
+    assert world.relations(at(18, 10), at(30, 30)) == {"above"}
+    assert world.relations(at(30, 30), at(31, 30)) == set()  # within a tenth of the sizes
 
 
 def test_coverage_has_the_area_and_the_place_of_the_shape():
@@ -201,7 +206,7 @@ def test_coverage_has_the_area_and_the_place_of_the_shape():
     assert set(areas) == set(SHAPES)
     grid = np.arange(64) + 0.5
     for shape, width in product(SHAPES, (14, 20.3, 26)):
-        share = data.coverage(shape, grid - 31.7, grid[:, None] - 32.4, width)
+        share = world.coverage(shape, grid - 31.7, grid[:, None] - 32.4, width)
         assert share.min() == 0 and share.max() == 1
         assert share.sum() == pytest.approx(areas[shape] * width**2, rel=0.02)
         x, y = share.sum(0) @ grid / share.sum(), share.sum(1) @ grid / share.sum()
@@ -212,13 +217,13 @@ def test_coverage_has_the_area_and_the_place_of_the_shape():
 
 def test_render_by_pixels():
     objects = [Object("square", "blue", 20, 20, 16, 16), Object("circle", "red", 44, 40, 20, 20)]
-    image = data.render(objects, np.random.default_rng(0))
+    image = world.render(objects, np.random.default_rng(0))
     assert image.shape == (64, 64, 3) and image.dtype == np.uint8
-    assert (image[0, 0] == data.BACKGROUND).all() and (image[40, 28] == data.BACKGROUND).all()
+    assert (image[0, 0] == world.BACKGROUND).all() and (image[40, 28] == world.BACKGROUND).all()
     for color, (x, y) in (("blue", (20, 20)), ("red", (44, 40))):
         assert abs(image[y, x].astype(int) - COLORS[color]).max() <= 8
     assert (image[13, 13] == image[20, 20]).all()  # a pixel inside the corner
-    colors = {tuple(data.render(objects, np.random.default_rng(s))[20, 20]) for s in range(40)}
+    colors = {tuple(world.render(objects, np.random.default_rng(s))[20, 20]) for s in range(40)}
     assert len(colors) > 30  # each scene has its own shade
 
 
@@ -232,13 +237,13 @@ def answers(question, objects):
         [only] = [o for o in objects if o.shape == shape]  # "the circle" must not be one of two
         return only
 
-    shapes, nouns = Counter(o.shape for o in objects), {data.noun(*o[:2]) for o in objects}
+    shapes, nouns = Counter(o.shape for o in objects), {world.noun(*o[:2]) for o in objects}
     if match := re.fullmatch("is there (.+)[?]", question):
         return {"yes" if match[1] in nouns else "no"}
     if question == "how many objects are there?":
-        return {data.NUMBERS[len(objects)]}
+        return {world.NUMBERS[len(objects)]}
     if match := re.fullmatch("how many (.+)s are there[?]", question):
-        return {data.NUMBERS[shapes[match[1]]]}
+        return {world.NUMBERS[shapes[match[1]]]}
     if match := re.fullmatch("what color is the (.+)[?]", question):
         return {the(match[1]).color}
     if match := re.fullmatch("what shape is the (.+) object[?]", question):
@@ -246,10 +251,10 @@ def answers(question, objects):
         return {only.shape}
     if match := re.fullmatch("what is (.+) the (.+)[?]", question):
         b = the(match[2])
-        [only] = [a for a in objects if a != b and match[1] in data.relations(a, b)]
+        [only] = [a for a in objects if a != b and match[1] in world.relations(a, b)]
         return {f"{only.color} {only.shape}"}
     match = re.fullmatch("where is the (.+) relative to the (.+)[?]", question)
-    return data.relations(the(match[1]), the(match[2]))
+    return world.relations(the(match[1]), the(match[2]))
 
 
 def test_every_answer_is_the_only_right_one(scenes):
@@ -269,7 +274,7 @@ def test_every_answer_is_the_only_right_one(scenes):
 
 
 def test_captions_list_every_object_and_true_relations(scenes):
-    clause = re.compile(rf"the (\w+) (\w+) ({'|'.join(data.RELATIONS)}) the (\w+) (\w+)")
+    clause = re.compile(rf"the (\w+) (\w+) ({'|'.join(world.RELATIONS)}) the (\w+) (\w+)")
     form = re.compile(clause.pattern.replace("the ", "an? "))
     whole = relations = 0
     for _, objects, texts in scenes:
@@ -281,7 +286,7 @@ def test_captions_list_every_object_and_true_relations(scenes):
         for color_a, a, word, color_b, b in clause.findall(caption) + form.findall(caption):
             [first] = [o for o in objects if o[:2] == (a, color_a)]
             [second] = [o for o in objects if o[:2] == (b, color_b)]
-            assert word in data.relations(first, second)
+            assert word in world.relations(first, second)
             relations += 1
         assert len(caption.split(", with ")) - 1 == bool(clause.findall(caption))
     assert 0.85 * SCENES < whole < 0.97 * SCENES  # one of ten is short, some of these are whole
@@ -309,7 +314,7 @@ def test_shapes_are_the_same_for_ever_and_split(tmp_path, capsys):
     """How a set goes on after a kill is shown with photos."""
 
     def make(folder, seed):
-        return data.Shapes(out=str(tmp_path / folder), count=1100, seed=seed).prepare()
+        return world.Shapes(out=str(tmp_path / folder), count=1100, seed=seed).prepare()
 
     one, again, other = make("a", 3), make("b", 3), make("c", 4)
     assert "1100 kept, 0 dropped" in capsys.readouterr().out
@@ -324,7 +329,7 @@ def test_shapes_are_the_same_for_ever_and_split(tmp_path, capsys):
 
 
 def test_damaged_and_foreign_folders_are_named(tmp_path):
-    data.Shapes(out=str(tmp_path), count=50).prepare()
+    world.Shapes(out=str(tmp_path), count=50).prepare()
     part, note = tmp_path / "part-00000.safetensors", tmp_path / "settings.json"
     for path, content in ((part, part.read_bytes()[:-100]), (note, b"{")):
         path.write_bytes(content)
@@ -345,7 +350,7 @@ def test_flags():
     assert data.parse(sample.Settings, "", line) == sample.Settings(["a b", "c"], **wanted)
 
 
-@pytest.mark.parametrize("settings", [train.Config, sample.Settings, data.Shapes, data.Photos])
+@pytest.mark.parametrize("settings", [train.Config, sample.Settings, world.Shapes, data.Photos])
 def test_help_names_every_flag_and_its_default(settings, capsys):
     with pytest.raises(SystemExit, match="0"):
         data.parse(settings, "the first\n    second line", ["--help"])
@@ -356,7 +361,7 @@ def test_help_names_every_flag_and_its_default(settings, capsys):
         assert f"(default {f.default})" in " ".join(said.split())
 
 
-@pytest.mark.parametrize("line", [[], ["nonsense"], ["shapes", "--count", "1"], ["photos"]])
+@pytest.mark.parametrize("line", [[], ["nonsense"], ["--size", "none"], ["--count", "1"]])
 def test_wrong_commands_end_in_one_line(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):

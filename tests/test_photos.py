@@ -276,7 +276,7 @@ def test_captions_that_are_malformed_end_in_one_line(tmp_path, capsys, name):
         (tmp_path / name).write_text(WRONG[name], "latin-1")
     flags = ["--captions", str(tmp_path / name), "--out", str(tmp_path / "o")]
     with pytest.raises(SystemExit) as stop:
-        data.main(["photos", str(shard), *flags])
+        data.main([str(shard), *flags])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1 and name in said
     assert name == "nowhere.csv" or "want key and text" in said
@@ -370,7 +370,7 @@ def test_dropped_samples_are_counted_by_reason(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "2 kept, 4 dropped" in said and "not an image" in said
     assert [text["caption"] for text in made.texts] == ["a photo of a", "a photo of b"]  # tidied
-    assert made.texts[0]["clean"] is None and made.texts[0]["qa"] == []
+    assert made.texts[0]["plan"] == "" and made.texts[0]["qa"] == []
 
 
 # --------------------------------------------------------------------- a set that grows and moves
@@ -432,7 +432,8 @@ def test_rows_are_read_lazily(tmp_path):
     big["hashes"] = torch.arange(2000)
     facts = {"texts": "[" + ", ".join(["{}"] * 2000) + "]", "dropped": "{}"}
     save_file(big, tmp_path / "p.safetensors", facts)
-    (tmp_path / "settings.json").write_text('{"parts": ["p.safetensors"]}')
+    settings = {"parts": ["p.safetensors"], "texts": data.TEXTS}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
     del big
 
     def resident():  # MB of this process

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import shapeseval as S
 
 import data
+from notebooks import shapes as world
 
 PROMPTS = S.eval_prompts()
 ALL = [prompt for prompts in PROMPTS.values() for prompt in prompts]
@@ -27,8 +28,8 @@ SPOTS = [(16, 16), (46, 16), (16, 46), (46, 46)]
 
 def scene(*objects):
     """A picture (1, 64, 64, 3) of objects (shape, color, x, y, width)."""
-    boxes = [(*o, o[4] * data.SHAPES[o[0]].height) for o in objects]
-    return data.render([data.Object(*box) for box in boxes], np.random.default_rng(0))[None]
+    boxes = [(*o, o[4] * world.SHAPES[o[0]].height) for o in objects]
+    return world.render([world.Object(*box) for box in boxes], np.random.default_rng(0))[None]
 
 
 def passes(prompt, picture, strict=True):
@@ -42,7 +43,7 @@ def test_prompts_never_change(name):
     texts = [prompt.text for prompt in PROMPTS[name]]
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     assert (len(texts), digest[:12]) == GOLDEN[name]
-    held = [bool(data.HELD_OUT.intersection(p.objects)) for p in PROMPTS[name]]
+    held = [bool(world.HELD_OUT.intersection(p.objects)) for p in PROMPTS[name]]
     assert all(held) if name == "heldout" else not any(held)
 
 
@@ -66,12 +67,12 @@ def dome(dx, dy, width):
 
 def test_a_new_shape_needs_one_entry_of_the_table(monkeypatch):
     """Boxes are found to a quarter of a pixel, also of a shape that the checker has never met."""
-    monkeypatch.setitem(data.SHAPES, "dome", data.Shape(0.5, dome))
+    monkeypatch.setitem(world.SHAPES, "dome", world.Shape(0.5, dome))
     rng = np.random.default_rng(1)
     pairs = [("dome", "red"), ("triangle", "blue"), ("circle", "orange"), ("square", "green")]
     for _ in range(20):
-        placed = data.place(pairs, rng)
-        found = S.find_objects(data.render(placed, rng)[None])[0]
+        placed = world.place(pairs, rng)
+        found = S.find_objects(world.render(placed, rng)[None])[0]
         for wanted, item in zip(sorted(placed), sorted(found)):
             assert wanted[:2] == item[:2]
             assert np.abs(np.subtract(wanted[2:], item[2:])).max() < 0.25
@@ -109,9 +110,9 @@ def test_a_shape_half_way_to_another_is_refused(a, b):
 
 def test_specks_are_free_and_blots_are_not():
     picture = scene(RED)
-    picture[0, 50:53, 50:54] = data.COLORS["red"]  # 12 px2
+    picture[0, 50:53, 50:54] = world.COLORS["red"]  # 12 px2
     assert passes("a circle", picture)
-    picture[0, 50:53, 50:55] = data.COLORS["red"]
+    picture[0, 50:53, 50:55] = world.COLORS["red"]
     assert not passes("a circle", picture) and passes("a circle", picture, strict=False)
     for value in (0, 128, 255):
         assert not any(S.find_objects(np.full_like(picture, value))[0])
@@ -152,7 +153,7 @@ def test_captions_are_parsed():
 def test_long_prompts_never_change_nor_name_a_held_out_pair():
     prompts = S.long_prompts(60)
     assert prompts == S.long_prompts(60)
-    assert all(set(prompt.objects) <= set(data.SEEN) for prompt in prompts)
+    assert all(set(prompt.objects) <= set(world.SEEN) for prompt in prompts)
 
 
 def test_answers_and_blind_baseline_by_hand():
@@ -170,7 +171,7 @@ def test_scenes_with_held_out_pairs():
     rng, said = np.random.default_rng(0), Counter()
     for i in range(24):
         picture, pairs, asked = S.heldout_scene(i, rng)
-        assert len(pairs) == 1 + i % 4 and sum(pair in data.HELD_OUT for pair in pairs) == 1
+        assert len(pairs) == 1 + i % 4 and sum(pair in world.HELD_OUT for pair in pairs) == 1
         found = S.find_objects(picture[None])[0]
         assert Counter(item[:2] for item in found) == Counter(pairs)
         said.update(answer for question, answer in asked if S.kind_of(question) == "is there")
@@ -234,8 +235,8 @@ def test_scores_are_written_and_printed(tmp_path, capsys, monkeypatch):
 
 # -------------------------------------------------------------------------------------- the plans
 
-REAL_RED = data.Object("circle", "red", 20.0, 20.0, 16.0, 16.0)
-REAL_BLUE = data.Object("square", "blue", 44.0, 22.0, 18.0, 18.0)
+REAL_RED = world.Object("circle", "red", 20.0, 20.0, 16.0, 16.0)
+REAL_BLUE = world.Object("square", "blue", 44.0, 22.0, 18.0, 18.0)
 
 
 def test_plans_are_read_back():
@@ -243,8 +244,8 @@ def test_plans_are_read_back():
     assert S.parse_plan("circle red c3; square blue f8")[1][:4] == ("square", "blue", 44, 60)
     rng = np.random.default_rng(0)
     for _ in range(100):
-        objects, _ = data.random_scene(rng)
-        plan = S.parse_plan(data.plan(objects))
+        objects, _ = world.random_scene(rng)
+        plan = S.parse_plan(world.plan(objects))
         assert sorted(o[:2] for o in plan) == sorted(o[:2] for o in objects)
         assert S.take_nearest(plan, objects, S.REACH) == (len(objects), [])
     for text in ("two", "circle red", "circle red c3;", ""):
@@ -264,6 +265,6 @@ def test_plans_are_scored_by_their_prompts_and_their_pictures():
     plans = ["circle red c3", "circle blue c3", "circle red g7"]
     blue = REAL_RED._replace(color="blue")
     rng = np.random.default_rng(0)
-    images = np.stack([data.render([o], rng) for o in (REAL_RED, blue, REAL_RED)])
+    images = np.stack([world.render([o], rng) for o in (REAL_RED, blue, REAL_RED)])
     scores = S.score_plans(prompts, plans, images)
     assert scores == {"plans_right": 2 / 3, "places_kept": 2 / 3}

@@ -48,7 +48,7 @@ def test_the_judge_names_parts_and_refuses_near_misses(tmp_path):
     places = [(4 + i, 8 + i) for i in range(12)]
     texts, images = [], []
     for name, color in colors.items():
-        texts += [{"caption": f"a {name}", "clean": None, "qa": []} for _ in places]
+        texts += [data.captioned(f"a {name}") for _ in places]
         images += [scene((x, y, 16, 16, color)) for x, y in places]
     rows = {"images": torch.from_numpy(np.stack(images))}
     settings = {"kind": "photos", "side": 64, "channels": None, "out": str(tmp_path)}

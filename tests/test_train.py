@@ -19,6 +19,7 @@ from conftest import STAGES
 import data
 import model as M
 import train
+from notebooks import shapes as world
 
 ROOT = Path(__file__).parents[1]
 HEAD = r"head\.|backbone\.queries"
@@ -170,25 +171,24 @@ def test_a_batch_is_a_function_of_seed_stage_and_step(prepared):
 def test_prompts_are_captions_in_their_share_else_the_user_s_words(prepared):
     """Without such words always. The queries end every row."""
     run, rng = prepared(), np.random.default_rng(0)
-    rows = [i for i, text in enumerate(run.data.texts) if text["clean"] != text["caption"]]
-    clean = np.array([run.data.texts[i]["clean"] is not None for i in rows])
-    for share in (0.0, 0.1, 1.0):
-        broad, planned = [], []
+    run.data.texts[0] = data.captioned("a cat")
+    assert train.prompt(run, 0, rng, (0, 0, 1)) == [("user", "a cat"), ("queries", None)]
+    rows = [i for i, text in enumerate(run.data.texts) if len(set(map(str, text["prompts"]))) == 3]
+    for shares in ((1, 0, 0), (0.1, 0.9, 0), (0.4, 0.4, 0.2)):
+        chosen, planned = np.zeros(3), []
         for i in rows * 4:
-            (role, said), *plan, last = train.prompt(run, i, rng, share)
-            text = run.data.texts[i]
+            (role, said), *plan, last = train.prompt(run, i, rng, shares)
+            texts, plans = zip(*run.data.texts[i]["prompts"])
             assert (role, last) == ("user", ("queries", None))
-            assert said in (text["caption"], text["clean"])
-            assert plan in ([], [("bot", data.in_order(text["plan"], said))])
-            broad.append(said != text["clean"])
+            chosen[texts.index(said)] += 1
+            assert plan in ([], [("bot", plans[texts.index(said)])])
             planned.append(bool(plan))
-        broad = np.array(broad).reshape(4, -1)
-        assert broad[:, ~clean].all() and abs(broad[:, clean].mean() - share) < 0.05
+        assert np.abs(chosen / chosen.sum() - shares).max() < 0.05
         assert abs(np.mean(planned) - run.config.plan_share) < 0.07
-    for stage, share in (("generate", 1.0), ("tune", 0.1)):
+    for stage, shares in (("generate", (1, 0, 0)), ("tune", (0.1, 0.9, 0))):
         with patch.object(train, "prompt", return_value=[("queries", None)]) as prompts:
             train.STAGES[stage].batch(run, np.arange(4), rng)
-        assert prompts.call_args.args[-1] == share
+        assert prompts.call_args.args[-1] == shares
 
 
 def start(text):
@@ -202,14 +202,14 @@ def test_an_edit_leads_from_its_picture_to_the_next_or_the_one_before(prepared):
     run, rng, asked = prepared(), np.random.default_rng(0), set()
     for i in [i for i in run.data.train_ids if run.data.texts[i]["edits"]]:
         (row, target), text = train.edit(run, i, rng), run.data.texts[i]
-        instruction, offset = text["edits"][0]
+        instruction, offset, _ = text["edits"][0]
         assert target == i + offset and abs(offset) == 1
         assert row[:3] == start(text) and row[-1] == ("queries", None)
         said = row[3:-1]
         place = said.index(("user", instruction))
         pairs = [turn for q, a in text["qa"][: place // 2] for turn in (("user", q), ("bot", a))]
         assert said[:place] == pairs
-        plan = data.in_order(run.data.texts[target]["plan"], text["plan"])
+        plan = world.in_order(run.data.texts[target]["plan"], text["plan"])
         assert said[place + 1 :] in ([], [("bot", plan)])
         asked.add(place // 2)
     assert asked == {0, 1, 2}
@@ -230,7 +230,7 @@ def test_a_quarter_of_the_instructions_are_edits(prepared):
     latents = prepared("--target=vae")
     assert set(train.tune_batch(latents, ids, rng)) == {"ids", "x"}  # these have no source
     for text in run.data.texts:
-        text.pop("edits")
+        text["edits"] = []
     assert set(train.tune_batch(run, ids, rng)) == {"ids", "x"}
 
 
@@ -264,7 +264,7 @@ def test_a_run_of_an_older_commit_continues(prepared, tmp_path):
 def test_words_that_a_plan_copies_are_swapped(prepared):
     """In prompt and plan alike, for words that no plan holds. All else stays."""
     run, rng, swapped = prepared(), np.random.default_rng(0), []
-    names = [*data.COLORS, *data.SHAPES]
+    names = [*world.COLORS, *world.SHAPES]
     text = "a red circle left of a blue square"
     row = [("user", text), ("bot", "circle red c4; square blue f2"), ("queries", None)]
     for _ in range(200):
@@ -351,7 +351,7 @@ def test_a_dialogue_begins_with_the_plan_and_ends_with_the_caption(prepared):
         assert [question, answer] in [*known, ["describe", text["whole"]]]
         asked.append(question)
     assert again > 200 and 40 < asked.count("describe") < 120
-    photo = train.dialogue({"caption": "a cat", "clean": None, "qa": []}, rng, brief=True)
+    photo = train.dialogue(data.captioned("a cat"), rng, brief=True)
     assert photo == [("image", None), ("user", "describe"), ("bot", "a cat")]
 
 
@@ -366,9 +366,10 @@ def test_the_layouts_of_all_tasks_are_those_of_the_results(prepared):
     """The sequence of each task, drawn in notebooks/results.md."""
     run, rng = prepared(), np.random.default_rng(1)
     question, plan = ["what color is the circle?", "red"], "circle blue c4"
-    texts = {"caption": "a red circle", "clean": "a circle", "plan": "circle red c4"}
-    texts["qa"], texts["edits"] = [question], [["make the circle blue", 1]]
-    run.data.texts[:2] = texts, texts | {"plan": plan}
+    texts = data.captioned("a red circle") | {"plan": "circle red c4", "qa": [question]}
+    texts["prompts"] = [[text, "circle red c4"] for text in ("a red circle", "a circle")]
+    texts["edits"] = [["make the circle blue", 1, plan]]
+    run.data.texts[0] = texts
     rows, alone = [], np.zeros(4, int)
     run.sequences = lambda some: rows.extend(some) or train.Run.sequences(run, some)
     for share in (0, 1):
@@ -385,7 +386,7 @@ def test_understanding_learns_from_prompts_dialogues_and_edits(prepared):
     fifth for equal objects. Photos, which have no plans, have captions alone."""
     run, rng, rows = prepared(), np.random.default_rng(0), {"image": [], "given": [], "bot": []}
     run.sequences = lambda some: kept.append(some) or train.Run.sequences(run, some)
-    for _ in range(300):
+    for _ in range(600):
         kept = []
         batch = train.understand_batch(run, rng.choice(run.data.train_ids, 4), rng)
         (made,) = kept
@@ -395,11 +396,11 @@ def test_understanding_learns_from_prompts_dialogues_and_edits(prepared):
     edits = np.mean([bool(run.data.texts[i]["edits"]) for i in run.data.train_ids])
     plans = {text["plan"] for text in run.data.texts}
     for (task, some), share in zip(rows.items(), (0.45, 0.25, 0.3), strict=True):
-        assert abs(len(some) / 1200 - share) < 0.08
+        assert abs(len(some) / 2400 - share) < 0.08
         changes = [row for row in some if row[-1] == ("queries", None)]
         if task == "bot":
             assert len(changes) == len(some) and max(map(len, some)) == 3
-            counted = np.mean([row[0][1].split()[0] in data.NUMBERS[2:] for row in some])
+            counted = np.mean([row[0][1].split()[0] in world.NUMBERS[2:] for row in some])
             assert 0.15 < counted < 0.5
             continue
         assert abs(len(changes) / len(some) - 0.4 * edits) < 0.06
@@ -408,7 +409,7 @@ def test_understanding_learns_from_prompts_dialogues_and_edits(prepared):
         else:
             assert {row[0] for row in some} == {("user", data.LOCATE)}
             assert all(row[1][1] in plans for row in some)
-    run.data.texts[:] = [{"caption": "a cat", "clean": None, "qa": []}] * len(run.data.texts)
+    run.data.texts[:] = [data.captioned("a cat")] * len(run.data.texts)
     for _ in range(20):
         kept = []
         seen = "vectors" in train.understand_batch(run, run.data.train_ids[:4], rng)
@@ -704,7 +705,7 @@ def test_flags_of_a_stage_may_change_until_it_begins(capsys, tmp_path, begun):
     for flag in fixed.split():
         line = refused(capsys, *begun, f"--{flag}")
         assert f"made with --{flag.split('=')[0]} " in line and "another --out" in line
-    data.main(["shapes", "--out", str(tmp_path / "set"), "--count", "600", "--seed", "1"])
+    world.main(["--out", str(tmp_path / "set"), "--count", "600", "--seed", "1"])
     assert "another set" in refused(capsys, *begun, "--data", tmp_path / "set")
 
 
