@@ -151,7 +151,6 @@ def understand_batch(run, ids, rng):
     task = rng.choice(["see", "prompt", "told"], p=[see, 1 - (see + told), told])
     rows = [understand_row(run, i, rng, task) for i in ids]
     sequences, learn = run.sequences(rows)
-    swap_words(run, sequences, learn, rng)
     batch = {"ids": sequences, "learn": learn}
     return batch | {"vectors": run.cached("clip", ids)} if task == "see" else batch
 
@@ -172,21 +171,6 @@ def without_image(row):
     """The row without its picture. Its plan is given as text, and no longer carries loss."""
     _, question, (_, plan), *rest = row
     return [question, ("given", plan), *rest]
-
-
-def swap_words(run, ids, learn, rng):
-    """Replaces 30 % of the copied names of shapes and colors by other words, in the whole row.
-    A plan copies names from its prompt. On a picture, answers copy them from its plan.
-    So the backbone learns to copy what is said and not what is usual, also pairs it never saw."""
-    for row, learned in zip(ids, learn):
-        # a copy has its source in the prompt, or in the first answer of a row with a picture
-        first = (row == M.EOS).cumsum(0) == 0
-        source = learned & first if M.IMAGE in row else ~learned
-        copies = learned & ~source
-        for word in run.names & set(row[source].tolist()) & set(row[copies].tolist()):
-            if rng.random() < 0.3:
-                learned[source & (row == word)] = False  # no picture shows the other word
-                row[row == word] = int(rng.choice(run.spare))
 
 
 def look(text):
@@ -376,12 +360,7 @@ class Batches(Dataset):
         cuda = self.run.device.type == "cuda"
         how = {"num_workers": 4 * (cuda and sys.platform == "linux"), "pin_memory": cuda}
         order = range(first * parts, steps * parts)
-        return iter(DataLoader(self, batch_size=None, sampler=order, worker_init_fn=deaf, **how))
-
-
-def deaf(worker):
-    """A process that reads goes on where all get SIGTERM: the first one still needs it to save."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return iter(DataLoader(self, batch_size=None, sampler=order, **how))
 
 
 @torch.no_grad()
@@ -533,7 +512,7 @@ def every_text(text):
 class Run:
     """What all stages share: settings, prepared set, tokenizer, model, and the one checkpoint."""
 
-    stopped = 0  # exit code of a run that a signal ends at its next checkpoint
+    stopped = False  # whether a signal has come, see `stop`
 
     def __init__(self, c):
         self.config = c
@@ -550,13 +529,8 @@ class Run:
             self.check_same(state)
         elif c.init:
             state = load_checkpoint(Path(c.init))
-        some = self.data.texts[:5000]
-        texts = chain(*map(every_text, some))
+        texts = chain(*map(every_text, self.data.texts[:5000]))
         self.tokenizer = M.Tokenizer(state["words"]) if state else M.Tokenizer.fit(texts)
-        plans = set(" ".join(text["plan"] for text in some).replace(";", "").split())
-        words = self.tokenizer.ids  # what is no name of a plan is a cell, such as c4
-        self.names = {words.get(f" {name}") for name in plans if name.isalpha()}
-        self.spare = [words[word] for word in words if word.strip() not in plans]
         torch.manual_seed(c.seed)
         side, channels = self.data.facts["side"], self.data.facts["channels"]
         if channels and self.data.facts["tokens"] != c.tokens:
@@ -587,7 +561,7 @@ class Run:
 
     def save(self, stage, step=0, averages=None, keepers=()):
         """The one checkpoint of a run, whole or not at all: a kill leaves the one before.
-        KeyboardInterrupt(exit code) after it if a signal has come, see `stop`."""
+        KeyboardInterrupt after it if a signal has come."""
         self.progress = {"stage": stage, "step": step, "averages": averages or {}}
         self.progress["states"] = [keeper.state_dict() for keeper in keepers]
         self.progress["seconds"] = self.seconds
@@ -596,8 +570,8 @@ class Run:
         state |= {"model": self.model.state_dict(), "progress": self.progress}
         if RANK == 0:
             D.write_whole(self.path, lambda temporary: torch.save(state, temporary))
-        if self.stopped and stage != "done":
-            raise KeyboardInterrupt(self.stopped)
+        if self.stopped:
+            raise KeyboardInterrupt
 
     def log(self, bar, stage, step, loss, norm, rate):
         """Into the bar and STAGE.csv. Bad numbers end the run before they reach a checkpoint."""
@@ -661,7 +635,7 @@ def train(c):
 def stop(number, frame):
     """Ctrl-C or SIGTERM: the run saves after the step and ends. The second one ends it at once."""
     signal.signal(number, signal.SIG_DFL)
-    Run.stopped = 128 + number
+    Run.stopped = True
     print("The run saves after this step. A second signal ends it at once.")
 
 

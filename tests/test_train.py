@@ -261,60 +261,6 @@ def test_a_run_of_an_older_commit_continues(prepared, tmp_path):
     assert prepared("--plan_share=0.5").progress["stage"] == "vae"
 
 
-def test_words_that_a_plan_copies_are_swapped(prepared):
-    """In prompt and plan alike, for words that no plan holds. All else stays."""
-    run, rng, swapped = prepared(), np.random.default_rng(0), []
-    names = [*world.COLORS, *world.SHAPES]
-    text = "a red circle left of a blue square"
-    row = [("user", text), ("bot", "circle red c4; square blue f2"), ("queries", None)]
-    for _ in range(200):
-        ids, learn = run.sequences([row])
-        before = ids.clone()
-        train.swap_words(run, ids, learn, rng)
-        pairs = set(zip(before[0].tolist(), ids[0].tolist()))
-        assert len(pairs) == len({old for old, _ in pairs})  # one new word for each old one
-        changed = [(old, new) for old, new in pairs if old != new]
-        decoded = [tuple(run.tokenizer.decode([i]) for i in pair) for pair in changed]
-        assert all(old in names and new not in names for old, new in decoded)
-        swapped.append(len(changed))
-    assert 0.9 < np.mean(swapped) < 1.5  # 30 % of four
-
-
-def test_names_seen_in_a_picture_are_swapped_where_they_are_copied(prepared):
-    """In all of the row. What no picture shows is not learned: the swapped names of the plan."""
-    run, rng, swapped = prepared(), np.random.default_rng(0), 0
-    row = [*start({"plan": "circle red c4; square blue f2"})]
-    row += [("user", "what color is the circle?"), ("bot", "red")]
-    for _ in range(100):
-        ids, learn = run.sequences([row])
-        before, told = ids.clone(), learn.clone()
-        train.swap_words(run, ids, learn, rng)
-        changed, first = ids[0] != before[0], (before[0] == M.EOS).cumsum(0) == 0
-        assert torch.equal(learn[0], told[0] & ~(changed & first))
-        assert changed.sum() in (0, 2)  # blue and square are not copied, circle is no answer
-        (reds,) = run.tokenizer.encode("red")
-        assert not changed.any() or (before[0][changed] == reds).all()
-        swapped += bool(changed.any())
-    assert 15 < swapped < 45
-
-
-def test_names_of_a_given_plan_are_swapped_with_their_copies(prepared):
-    """All that is learned stays so: the plan carries no loss."""
-    run, rng, swapped = prepared(), np.random.default_rng(0), 0
-    row = [*start({"plan": "circle red c4; square blue f2"})]
-    row = train.without_image([*row, ("user", "what color is the circle?"), ("bot", "red")])
-    (red,) = run.tokenizer.encode("red")
-    for _ in range(100):
-        ids, learn = run.sequences([row])
-        before, told = ids.clone(), learn.clone()
-        train.swap_words(run, ids, learn, rng)
-        changed = ids[0] != before[0]
-        assert torch.equal(learn, told) and changed.sum() in (0, 2)
-        assert len(set(ids[0][before[0] == red].tolist())) == 1  # in the plan and in the answer
-        swapped += bool(changed.any())
-    assert 15 < swapped < 45
-
-
 def test_timm_attends_by_the_formula_on_a_cpu(prepared):
     """As model.attention does in training: the fused kernel's gradients are slow there."""
     timm.layers.set_fused_attn(True)
@@ -657,9 +603,9 @@ def signalled(micro_flags):
         process.communicate()
 
 
-@pytest.mark.parametrize("number, workers, code", [(2, 0, 130), (15, 2, 143)])
+@pytest.mark.parametrize("number, workers", [(2, 2), (15, 0)])
 def test_a_signal_saves_after_the_step_and_the_run_continues(
-    micro_flags, tmp_path, signalled, number, workers, code
+    micro_flags, tmp_path, signalled, number, workers
 ):
     """The end is one line. Continued, the weights are those of a run left in peace."""
     flags = [*micro_flags, *(f"--{stage}_steps=0" for stage in STAGES), "--vae_steps=12"]
@@ -667,7 +613,7 @@ def test_a_signal_saves_after_the_step_and_the_run_continues(
     out, whole = tmp_path / "run", tmp_path / "whole"
     process = signalled(number, workers, *flags, "--out", out)
     _, said = process.communicate()
-    assert process.returncode == code and "Traceback" not in said, said
+    assert process.returncode == 130 and "Traceback" not in said, said
     assert said.splitlines()[-1] == "train.py: interrupted; the same command continues"
     place = train.load_checkpoint(out / "checkpoint.pt")["progress"]
     assert (place["stage"], place["step"]) == ("vae", 7)
