@@ -15,7 +15,7 @@ import tarfile
 import unicodedata
 import zlib
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
@@ -111,7 +111,7 @@ LOCATE = "where is everything?"  # the question whose answer is the plan
 # A plan names each object and the cell of an 8 x 8 grid that holds its centre, columns from the
 # left, rows from the top: "circle green c4; square red f2". These are patterns.
 CELL = "[a-h][1-8]"
-PLAN = re.compile(rf"(\w+ \w+ {CELL}(; )?)+")
+PLAN = re.compile(rf"\w+ \w+ {CELL}(; \w+ \w+ {CELL})*")
 
 
 def tidy(text):
@@ -168,7 +168,7 @@ def open_tower(name, tokens=64, weights=""):
         return result
 
     try:
-        facts = timm.models.get_pretrained_cfg(name)
+        facts = timm.models.get_pretrained_cfg(name, allow_unregistered=False)
         tag = f"{facts.architecture}.{facts.tag} {weights}".strip()
         # timm builds such weights with plain GELU and only notes it; the features are wrong
         right = re.sub(r"_clip_(\d)", r"_clip_quickgelu_\1", name)
@@ -265,7 +265,7 @@ def read_captions(path):
     Keys are without the ending of a picture; the last row of a key holds. A caption is also found
     by "**/" and the last part of its key, if no other row has that. ValueError if malformed.
     """
-    captions, owners, row = {}, {}, None
+    captions, keys, row = {}, defaultdict(set), None
     tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
     with open(path, encoding="utf-8-sig", newline="") as file:
         # where a row is too long, the rest of it takes the place of the key, and is none
@@ -276,10 +276,10 @@ def read_captions(path):
                 key = Path(next(row[n] for n in ("key", "__key__", "file_name") if n in row))
                 text = next(row[n] for n in ("text", "caption") if n in row).encode()
                 key = key.with_suffix("") if key.suffix.lower() in ENDINGS else key
-                whole, last = f"{key}", f"**/{key.name}"
-                captions[whole] = text, text.strip
-                own = owners.setdefault(last, whole) == whole
-                captions[last] = captions[whole] if own else None
+                last = f"**/{key.name}"
+                keys[last].add(key)
+                captions[f"{key}"] = text, partial(bytes, text)
+                captions[last] = captions[f"{key}"] if len(keys[last]) == 1 else None
         except Exception as error:
             raise ValueError(f"{path}, near {row!r:.50}: want key and text: {error!r}") from error
     return captions
@@ -372,6 +372,8 @@ class PreparedSet:
         if len(different) < 2:
             raise ValueError(f"{folder} has no two different pictures")
         held = np.isin(hashes, different[: min(500, max(1, len(different) // 50))])
+        for i, text in enumerate(self.texts):  # no edit leads to the other side of the split
+            text["edits"] = [edit for edit in text["edits"] if held[i + edit[1]] == held[i]]
         self.train_ids, self.val_ids = np.flatnonzero(~held), np.flatnonzero(held)
         self.ends = np.cumsum([len(part["hashes"]) for part in self.parts])
         self.fingerprint = f"{zlib.crc32(f'{hashes} {self.texts}'.encode()):08x}"
@@ -425,14 +427,19 @@ class Photos:
         with ThreadPoolExecutor() as pool:
             for i in tqdm(range(0, len(samples), 32), source.name, leave=False):
                 batch = [(picture(), caption()) for _, picture, caption in samples[i : i + 32]]
-                opened = [pool.submit(open_sample, sides, *sample) for sample in batch]
-                dropped.update(str(s.exception()) for s in opened if s.exception())
-                kept = [s.result() for s in opened if not s.exception()]
-                texts += [captioned(text) for text, *_ in kept]
-                images += [image for _, image, *_ in kept]
-                if tower and kept:
-                    views = torch.from_numpy(np.stack([view for *_, view in kept]))
-                    features.append(tower(views.to(find_device(self.device))).half().cpu())
+                views = []
+                for sample in [pool.submit(open_sample, sides, *sample) for sample in batch]:
+                    try:
+                        text, image, *view = sample.result()
+                    except ValueError as error:
+                        dropped[str(error)] += 1
+                    else:
+                        texts.append(captioned(text))
+                        images.append(image)
+                        views += view
+                if views:
+                    views = torch.from_numpy(np.stack(views)).to(find_device(self.device))
+                    features.append(tower(views).half().cpu())
         if not texts:
             endings = dict(Counter(name.suffix for name, *_ in find_files(source, Counter())))
             found = f"no sample in {source}: {endings}, {+dropped}"

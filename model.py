@@ -108,7 +108,7 @@ HEAD_DIM = 32  # width of an attention head, everywhere
 def attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(E)) v: (B, H, T, E), two of (B, H, M, E) -> (B, H, T, E).
     mask (B, 1, T, M) is true where a query may look."""
-    # on a CPU in bf16 the fused kernel's gradients take longer than the formula's
+    # on a CPU the fused kernel's gradients take longer than the formula's, in bf16 by far
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, M)
@@ -224,8 +224,8 @@ class Trunk(nn.Module):
         """Embeddings (B, T, D), valid (B, past + T) false at padding -> states (B, T, D).
         valid is of cached and new positions. caches is None, or one list for each block (see
         `Attention`), empty at first."""
-        keys = torch.arange(valid.shape[1], device=x.device)
-        new = keys[-x.shape[1] :]  # the last T of these positions are x's
+        keys = torch.arange(valid.shape[1], device=x.device)  # cached and new positions
+        new = keys[-x.shape[1] :]  # the last T are x's
         causal = keys[None, :] <= new[:, None]  # (T, past + T)
         # a padded position sees itself: a softmax over nothing would be NaN
         own = keys[None, :] == new[:, None]
@@ -294,7 +294,7 @@ class DiT(nn.Module):
     self_conditioning   reads an earlier guess of the data beside x_t (arXiv 2208.04202)
     """
 
-    def __init__(self, *, shape, context, width, depth, patch, cross, predicts, self_conditioning):
+    def __init__(self, shape, context, *, width, depth, patch, cross, predicts, self_conditioning):
         super().__init__()
         tokens, channels = shape
         side = math.isqrt(tokens) // patch  # of the token grid
@@ -729,44 +729,33 @@ class Backbone(nn.Module):
 class BLIP3o(nn.Module):
     """All parts under one roof, and the way from a prompt to pixels.
 
-    config is a train.Config. With a timm tower the prepared set holds its vectors, `channels`
-    wide, and `clip` is None.
+    config is a train.Config, side that of pictures in px. With a timm tower the prepared set holds
+    its vectors, `tower_width` wide, and `clip` is None. ValueError where sizes do not fit.
     """
 
-    def __init__(self, config, vocabulary, side, channels=None):
+    def __init__(self, config, vocabulary, side, tower_width=None):
         super().__init__()
         c = config
         self.config = c
-        self.clip = None if channels else TinyCLIP(c, side, vocabulary)
+        if side % 8 or (not tower_width and side % math.isqrt(c.tokens)):
+            raise ValueError(f"a side of {side} px: expected a multiple of 8 and of the vectors'")
+        self.clip = None if tower_width else TinyCLIP(c, side, vocabulary)
         self.vae = VAE(c.vae_width)
-        inputs = channels or c.channels
+        inputs = tower_width or c.channels
         channels = min(inputs, c.channels)
-        self.vectors = (c.tokens, channels)  # shape of an image's
+        vectors = (c.tokens, channels)
         latents = ((side // VAE.factor) ** 2, VAE.channels)
+        self.shapes = {"clip": vectors, "vae": latents}  # (N, C) of what a picture becomes
         normalise = {"clip": Normalise(inputs, channels)}
         normalise["vae"] = Normalise(VAE.channels, VAE.channels)
         self.normalise = nn.ModuleDict(normalise)
         self.backbone = Backbone(c, vocabulary, channels)
-        self.head = DiT(
-            shape=self.vectors if c.target == "clip" else latents,
-            context=c.width,
-            width=c.head_width,
-            depth=c.head_depth,
-            patch=c.head_patch,
-            cross=True,
-            predicts=c.predicts,
-            self_conditioning=c.self_conditioning and c.objective == "flow",
-        )
-        self.decoder = DiT(
-            shape=latents,
-            context=channels,
-            width=c.decoder_width,
-            depth=c.decoder_depth,
-            patch=2,
-            cross=False,
-            predicts=c.predicts,
-            self_conditioning=False,
-        )
+        size = {"width": c.head_width, "depth": c.head_depth, "patch": c.head_patch}
+        how = {"cross": True, "self_conditioning": c.self_conditioning and c.objective == "flow"}
+        self.head = DiT(self.shapes[c.target], c.width, **size, **how, predicts=c.predicts)
+        size = {"width": c.decoder_width, "depth": c.decoder_depth, "patch": 2}
+        how = {"cross": False, "self_conditioning": False}
+        self.decoder = DiT(latents, channels, **size, **how, predicts=c.predicts)
 
     def forward(self, loss, generator, batch):
         """The mean of loss(model, generator, **batch), a function of train.STAGES. It is a forward

@@ -272,7 +272,7 @@ def draw(studio, picture, vectors):
         seeds = range(s.seed + n * s.count, s.seed + (n + 1) * s.count)
         texts = [text] * s.count
         plans = [plan] * s.count
-        if s.plan and not plan:
+        if s.plan and not plan and studio.facts["kind"] == "shapes":
             said = studio.plan(texts, seeds, own)
             plans = [line if D.PLAN.fullmatch(line) else None for line in said]
             print(*(f"{text} | {line or 'no plan'}" for line in plans), sep="\n")

@@ -197,10 +197,10 @@ def dialogue(text, rng, brief):
 
 
 def prompt(run, i, rng, shares):
-    """A prompt about picture i, by chance: its caption, a user's words, or one for equal objects,
-    which pictures seldom show. Photos have their caption alone."""
+    """A prompt about picture i. The shares are of its caption, of a user's words, and of texts for
+    equal objects, which pictures seldom show. Photos have their caption alone."""
     prompts = run.data.texts[i]["prompts"]
-    said, plan = prompts[rng.choice(len(shares), p=shares) % len(prompts)]
+    said, plan = prompts[rng.choice(3, p=shares) if len(prompts) == 3 else 0]
     return planned(run, [("user", said)], plan, rng)
 
 
@@ -235,7 +235,7 @@ def tune_batch(run, ids, rng):
     """Instructions: prompts in a user's words, and edits for a share of the rows."""
     c = run.config
     able = np.array([c.target == "clip" and bool(run.data.texts[i]["edits"]) for i in ids])
-    most = min(c.tune_edit_share * len(ids) + 0.5, len(ids) - 1)
+    most = min(round(c.tune_edit_share * len(ids)), len(ids) - 1)  # one row stays a prompt
     chosen = able & (able.cumsum() <= most)
     batch = generate_batch(run, ids[~chosen], rng, (0.1, 0.9, 0))
     if chosen.any():
@@ -339,8 +339,8 @@ def learning_rate(c, step, steps):
 
 class Batches(Dataset):
     """Item i is batch i of a stage, and a seed for its noise.
-    Both are functions of (seed, stage, i, process) alone. So a DataLoader may read ahead, and a
-    run that continues meets the batches it would have met."""
+    Under one command both are functions of (seed, stage, i, process). So a DataLoader may read
+    ahead, and a run that continues meets the batches it would have met."""
 
     def __init__(self, run, stage, pool):
         self.run = run
@@ -369,12 +369,11 @@ def fill_cache(run):
     ValueError if they do not fit into half precision."""
     model, count = run.model, len(run.data)
     sample = run.data.train_ids[:: max(1, count // 500)]
-    shapes = {"clip": model.vectors, "vae": model.decoder.shape}
     for name, normalise in model.normalise.items():
         normalise.fit(torch.cat(list(encoded(run, name, sample))))
         if RANK > 0:
             continue
-        how = {"dtype": np.float16, "shape": (count, *shapes[name])}
+        how = {"dtype": np.float16, "shape": (count, *model.shapes[name])}
         array, start = np.lib.format.open_memmap(run.out / f"cache_{name}.npy", "w+", **how), 0
         for raw in tqdm(encoded(run, name, np.arange(count)), f"cache {name}", unit="batch"):
             made = normalise(raw).half().cpu()
@@ -463,11 +462,14 @@ def choose_machine(c):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         card = torch.cuda.get_device_capability()
     # a CPU compiles for up to half a minute a stage: only a long run gets that back
-    pays = card >= (7, 0) or (device.type == "cpu" and c.generate_steps + c.tune_steps >= 500)
-    compiled = (c.compile == "on" or (c.compile == "auto" and pays)) and can_compile(device)
-    # others emulate bf16; on a CPU that does not compile, copies eat up its gain
-    cpu = device.type == "cpu" and compiled and torch.cpu._is_avx512_bf16_supported()
-    best = "bf16" if cpu or card >= (8, 0) else "fp16" if device.type == "cuda" else "fp32"
+    long = device.type == "cpu" and c.generate_steps + c.tune_steps >= 500
+    wanted = c.compile == "on" or (c.compile == "auto" and (long or card >= (7, 0)))
+    compiled = wanted and can_compile(device)
+    # other CPUs emulate bf16; on one that does not compile, copies eat up its gain
+    cpu_bf16 = device.type == "cpu" and compiled and torch.cpu._is_avx512_bf16_supported()
+    best = "fp16" if device.type == "cuda" else "fp32"
+    if cpu_bf16 or card >= (8, 0):
+        best = "bf16"
     precision = best if c.precision == "auto" else c.precision
     print(f"{device}, {precision}, compiled: {compiled}, {torch.get_num_threads()} threads")
     dtypes = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

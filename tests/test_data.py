@@ -94,6 +94,7 @@ def test_a_plan_has_a_line_for_each_object_from_left_to_right():
     assert world.plan(objects) == "circle green c4; square red f2"
     assert data.PLAN.fullmatch("circle green c4; square red f2")
     wrong = ["circle green", "two", "circle green c9", "circle green i1", "circle c4", ""]
+    wrong += ["circle green c4square red f2", "circle green c4; "]
     for text in wrong:
         assert not data.PLAN.fullmatch(text)
     assert world.plan([]) == ""
@@ -323,6 +324,9 @@ def test_shapes_are_the_same_for_ever_and_split(tmp_path, capsys):
     assert torch.equal(one.rows("images", ids), again.rows("images", ids))
     assert one.texts == again.texts and len(one) == len(one.texts) == 1100
     assert sorted([*one.train_ids, *one.val_ids]) == list(range(1100)) and len(one.val_ids) == 22
+    held = np.isin(range(1100), one.val_ids)
+    for i, text in enumerate(one.texts):  # no edit leads from one side to the other
+        assert all(held[i + offset] == held[i] for _, offset, _ in text["edits"])
     assert [one.facts[name] for name in ("kind", "side", "channels")] == ["shapes", 64, None]
     with pytest.raises(ValueError, match="another seed, 3"):
         make("a", 5)
