@@ -245,8 +245,8 @@ def find_files(source, dropped):
         shard = tarfile.open(source, ignore_zeros=True)  # archives may follow each other
         for member in (m for m in shard if not m.isdir()):  # also links to its files
             files.append((Path(member.name), member.size, partial(read_member, shard, member)))
-        shard.fileobj.seek(shard.offset - 512)
-        dropped["damaged shard"] += any(shard.fileobj.read())  # it ends without a mark
+        shard.fileobj.seek(shard.offset - 512)  # the block that tarfile took for the end
+        dropped["damaged shard"] += any(shard.fileobj.read())  # it should hold zeros alone
     except Exception:  # tarfile raises nearly anything on broken headers
         dropped["damaged shard"] += 1
     return files

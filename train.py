@@ -312,7 +312,8 @@ def train_stage(run, name):
             scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(learned.values(), 1.0)
         for optimizer in optimizers:
-            if run.dtype is not torch.float16 or norm.isfinite():  # of both optimisers together
+            # where fp16 overflows, the scaler would hold back one optimiser and not the other
+            if run.dtype is not torch.float16 or norm.isfinite():
                 scaler.step(optimizer)
             optimizer.zero_grad()
         scaler.update()
