@@ -738,7 +738,7 @@ class BLIP3o(nn.Module):
         c = config
         self.config = c
         if side % 8 or (not tower_width and side % math.isqrt(c.tokens)):
-            raise ValueError(f"a side of {side} px: expected a multiple of 8 and of the vectors'")
+            raise ValueError(f"{side} px, {c.tokens} vectors: no multiple of 8, or of their grid")
         self.clip = None if tower_width else TinyCLIP(c, side, vocabulary)
         self.vae = VAE(c.vae_width)
         inputs = tower_width or c.channels

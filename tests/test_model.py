@@ -531,7 +531,7 @@ def test_a_source_takes_the_place_of_the_guess():
 def test_parts_and_shapes_follow_the_config():
     own, tower, narrow = (build(M.BLIP3o, 300, 16, width) for width in (None, 200, 5))
     for side, tokens in ((20, 4), (16, 9)):  # the decoder's latents, the tiny CLIP's patches
-        with pytest.raises(ValueError, match=f"a side of {side} px"):
+        with pytest.raises(ValueError, match=f"{side} px, {tokens} vectors"):
             build(M.BLIP3o, 300, side, tokens=tokens)
     assert own.clip is not None and tower.clip is None
     assert own.head.shape == tower.head.shape == (4, 6) and narrow.head.shape == (4, 5)

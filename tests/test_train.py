@@ -313,7 +313,7 @@ def test_the_layouts_of_all_tasks_are_those_of_the_results(prepared):
     run, rng = prepared(), np.random.default_rng(1)
     question, plan = ["what color is the circle?", "red"], "circle blue c4"
     texts = data.captioned("a red circle") | {"plan": "circle red c4", "qa": [question]}
-    texts["prompts"] = [[text, "circle red c4"] for text in ("a red circle", "a circle")]
+    texts["prompts"] = [[text, "circle red c4"] for text in ["a red circle", *["a circle"] * 2]]
     texts["edits"] = [["make the circle blue", 1, plan]]
     run.data.texts[0] = texts
     rows, alone = [], np.zeros(4, int)
@@ -715,10 +715,10 @@ ALIVE = {
     " lr=0.01 weight_decay=0.9 ema=0.05",
     "decode": "decode_steps=3 decode_batch=2 predicts=v decoder_width=64 decoder_depth=2",
     "understand": "understand_steps=3 understand_batch=2 queries=8 depth=2 width=64"
-    " understand_see_share=0 understand_told_share=0 plan_share=0",
+    " understand_see_share=0 understand_told_share=0",
     "generate": "generate_steps=3 generate_batch=2 target=vae objective=mse joint"
     " no-self_conditioning generate_shift=1.0 head_patch=4 head_width=64 head_depth=2",
-    "tune": "tune_steps=3 generate_draws=1 tune_edit_share=0",
+    "tune": "tune_steps=3 generate_draws=1 tune_edit_share=0 plan_share=0",
 }
 ALIVE = {re.sub("=.*|no-", "", f): (f"--{f}", s) for s, fs in ALIVE.items() for f in fs.split()}
 ELSEWHERE = {"data", "out", "init", "device", "compile"}  # shown by the tests above
