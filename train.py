@@ -75,7 +75,7 @@ class Config:
     clip_steps: int = 600  # steps of stage clip
     vae_steps: int = 900  # steps of stage vae
     decode_steps: int = 900  # steps of stage decode
-    understand_steps: int = 2200  # steps of stage understand
+    understand_steps: int = 2400  # steps of stage understand
     generate_steps: int = 150  # steps of stage generate
     tune_steps: int = 1300  # steps of stage tune
     clip_batch: int = 24  # images a step of stage clip
@@ -86,8 +86,8 @@ class Config:
     generate_draws: int = 4  # noise draws for each prompt, which share a pass of the backbone
     accumulate: int = 1  # parts of a batch, one after another
     understand_see_share: float = 0.45  # share of steps of stage understand that read pictures
-    understand_told_share: float = 0.35  # share that read plans in their place; the rest, prompts
-    tune_edit_share: float = 0.4  # share of rows of stage tune that are edits; the rest, prompts
+    understand_told_share: float = 0.25  # share that read plans in their place; the rest, prompts
+    tune_edit_share: float = 0.25  # share of rows of stage tune that are edits; the rest, prompts
     plan_share: float = 0.9  # share of prompts and edits whose row holds the plan
     generate_shift: float = 2.0  # schedule shift in training; above 1 more times near noise
     lr: float = 3e-3  # peak learning rate
