@@ -352,7 +352,7 @@ class PreparedSet:
     """
 
     def __init__(self, folder):
-        self.parts, self.texts, self.dropped = [], [], Counter()
+        self.parts, self.texts, self.dropped, crc = [], [], Counter(), 0
         path = Path(folder, "settings.json")
         try:
             self.facts = json.loads(path.read_text())
@@ -360,14 +360,16 @@ class PreparedSet:
                 path = path.with_name(name)
                 with safe_open(path, "pt") as part:
                     self.parts.append({name: part.get_tensor(name) for name in part.keys()})
-                    self.texts += json.loads(part.metadata()["texts"])
+                    texts = part.metadata()["texts"]
+                    self.texts += json.loads(texts)
+                    crc = zlib.crc32(texts.encode(), crc)
                     self.dropped.update(json.loads(part.metadata()["dropped"]))
         except Exception as error:
             wrong = f"{path.name} is missing or damaged: delete it and prepare it again"
             raise ValueError(f"{folder} is not a finished set, {wrong}") from error
         if self.facts.get("texts") != TEXTS:
             raise ValueError(f"{folder} has texts of another version: delete and prepare it")
-        hashes = [crc for part in self.parts for crc in part["hashes"].tolist()]
+        hashes = [row for part in self.parts for row in part["hashes"].tolist()]
         different = np.unique(hashes)
         if len(different) < 2:
             raise ValueError(f"{folder} has no two different pictures")
@@ -376,7 +378,7 @@ class PreparedSet:
             text["edits"] = [edit for edit in text["edits"] if held[i + edit[1]] == held[i]]
         self.train_ids, self.val_ids = np.flatnonzero(~held), np.flatnonzero(held)
         self.ends = np.cumsum([len(part["hashes"]) for part in self.parts])
-        self.fingerprint = f"{zlib.crc32(f'{hashes} {self.texts}'.encode()):08x}"
+        self.fingerprint = f"{zlib.crc32(f'{hashes}'.encode(), crc):08x}"
 
     def __len__(self):
         return len(self.texts)
