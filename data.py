@@ -344,8 +344,8 @@ class PreparedSet:
     """A finished folder of `prepare`, its rows opened as memory maps.
 
     texts: of each row a dict. "caption"; "whole", a caption that names all; "plan", or "";
-    "qa", [question, answer] pairs; "prompts", [prompt, plan] pairs, of the caption, of a user's
-    words, of others; "edits", [instruction, rows from here to its result, plan] triples;
+    "qa", [question, answer] pairs; "prompts", [prompt, plan] pairs: the caption's alone, or its, a
+    user's and another; "edits", [instruction, rows from here to its result, plan] triples;
     facts: the settings, the pictures' side, and channels, C of a tower's features or None;
     train_ids, val_ids: the split, of which validation is 2 %, at most 500, equal pictures on one
     side; fingerprint: of the content. ValueError if unfinished or damaged.
@@ -365,7 +365,7 @@ class PreparedSet:
                     crc = zlib.crc32(texts.encode(), crc)
                     self.dropped.update(json.loads(part.metadata()["dropped"]))
         except Exception as error:
-            wrong = f"{path.name} is missing or damaged: delete it and prepare it again"
+            wrong = f"{path.name} is missing or damaged: delete the folder and prepare it again"
             raise ValueError(f"{folder} is not a finished set, {wrong}") from error
         if self.facts.get("texts") != TEXTS:
             raise ValueError(f"{folder} has texts of another version: delete and prepare it")

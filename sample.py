@@ -257,7 +257,7 @@ def split_plan(prompt, words):
     plan = D.tidy(plan)
     if not text or not re.search(f"{D.CELL}$", plan):
         return prompt, None
-    known = all(f" {name}" in words for name in re.findall(r"\w{3,}", plan))
+    known = all(f" {name.removesuffix('s')}" in words for name in re.findall(r"\w{3,}", plan))
     if not known or not D.PLAN.fullmatch(plan):
         raise ValueError(f"{plan!r}: expected a plan as in 'circle red c4; square blue f2'")
     return text, plan

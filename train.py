@@ -47,7 +47,7 @@ VERSION = 5  # of checkpoints
 class Config:
     """Every setting, once: the fields are the flags, the comments their help."""
 
-    data: str = "data/shapes"  # folder of the prepared set (data.py)
+    data: str = "data/shapes"  # folder of the prepared set
     out: str = "out/demo"  # folder of the run
     init: str = ""  # checkpoint to start from; a stage of 0 steps keeps what is there
     seed: int = 0  # of weights, batches and noise
@@ -361,7 +361,12 @@ class Batches(Dataset):
         cuda = self.run.device.type == "cuda"
         how = {"num_workers": 4 * (cuda and sys.platform == "linux"), "pin_memory": cuda}
         order = range(first * parts, steps * parts)
-        return iter(DataLoader(self, batch_size=None, sampler=order, **how))
+        return iter(DataLoader(self, batch_size=None, sampler=order, worker_init_fn=deaf, **how))
+
+
+def deaf(worker):
+    """A process that reads goes on where all get SIGTERM: the first one still needs it to save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @torch.no_grad()
@@ -573,7 +578,7 @@ class Run:
         state |= {"model": self.model.state_dict(), "progress": self.progress}
         if RANK == 0:
             D.write_whole(self.path, lambda temporary: torch.save(state, temporary))
-        if self.stopped:
+        if self.stopped and stage != "done":
             raise KeyboardInterrupt
 
     def log(self, bar, stage, step, loss, norm, rate):

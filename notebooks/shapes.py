@@ -2,7 +2,7 @@
 
     python notebooks/shapes.py --out data/shapes --count 30000 --seed 0
 
-It writes a prepared set, as data.py does of real pictures. Nothing in the four files depends on it.
+It writes a prepared set, as data.py does of real pictures. The four files import nothing from it.
 """
 
 import sys

@@ -19,8 +19,8 @@ from notebooks import shapes as world
 
 ROOT = Path(__file__).parents[1]
 FILES = ("model.py", "train.py", "data.py", "sample.py")
-CODE_LINES = 1540  # of the four files; the aim is 1,100
-PHYSICAL_LINES = 2250  # the aim is 1,650
+CODE_LINES = 1525  # of the four files; the aim is 1,100
+PHYSICAL_LINES = 2225  # the aim is 1,650
 TOKENS_A_LINE = 12.0
 LONGEST = 50  # lines of a function
 PACKAGES = "torch torchvision timm einops tqdm numpy PIL safetensors huggingface_hub filelock"
@@ -67,7 +67,7 @@ def test_the_four_files_stay_small():
     assert code <= CODE_LINES
     assert sum(len(text.splitlines()) for text in texts().values()) <= PHYSICAL_LINES
     assert tokens / code <= TOKENS_A_LINE
-    assert max(lines for lines, _ in counts) <= 505  # the aim is 480
+    assert max(lines for lines, _ in counts) <= 490  # the aim is 480
 
 
 @pytest.mark.parametrize("name", FILES)
