@@ -109,9 +109,10 @@ def lock(folder):
 DESCRIBE = "describe"  # the question whose answer is the caption
 LOCATE = "where is everything?"  # the question whose answer is the plan
 # A plan names each object and the cell of an 8 x 8 grid that holds its centre, columns from the
-# left, rows from the top: "circle green c4; square red f2". These are patterns.
+# left, rows from the top: "circle green c4; square red f2". These patterns are of a cell and of an
+# object. A set may have a stricter one: "line" in its facts.
 CELL = "[a-h][1-8]"
-PLAN = re.compile(rf"\w+ \w+ {CELL}(; \w+ \w+ {CELL})*")
+LINE = rf"\w+ \w+ {CELL}"
 
 
 def tidy(text):

@@ -85,6 +85,8 @@ class Studio:
         self.config = Config(**state["config"])
         self.facts = state["set"]
         self.seconds = progress["seconds"]
+        line = self.facts.get("line", D.LINE)
+        self.plans = re.compile(f"{line}(; {line})*")
         self.tokenizer = M.Tokenizer(state["words"])
         self.device = D.find_device("auto")
         net = M.BLIP3o(self.config, len(self.tokenizer), self.facts["side"], self.facts["channels"])
@@ -201,7 +203,7 @@ class Chat:
         chance = [self.seed] if anew else None
         said = self.studio.write([[*self.row, ("bot", None)]], self.vectors, chance)[0]
         self.row.append(("bot", said))
-        if text == D.LOCATE or not D.PLAN.fullmatch(said):
+        if text == D.LOCATE or not self.studio.plans.fullmatch(said):
             return said, None
         self.vectors = self.studio.generate([self.row], [self.seed], self.vectors)
         self.row = self.studio.look(self.vectors)[0]
@@ -250,31 +252,30 @@ def sample(s):
         print(*studio.answer(vectors, [s.ask]))
 
 
-def split_plan(prompt, words):
-    """PROMPT | PLAN -> (prompt, plan), else (prompt, None). ValueError if a plan has a mistake or
-    a name that is not among the tokenizer's words."""
+def split_plan(prompt, plans):
+    """PROMPT | PLAN -> (prompt, plan), else (prompt, None). ValueError if a plan has a mistake.
+    plans is the pattern of plans."""
     text, _, plan = prompt.rpartition(" | ")
     plan = D.tidy(plan)
-    if not text or not re.search(f"{D.CELL}$", plan):
-        return prompt, None
-    known = all(f" {name.removesuffix('s')}" in words for name in re.findall(r"\w{3,}", plan))
-    if not known or not D.PLAN.fullmatch(plan):
+    if text and plans.fullmatch(plan):
+        return text, plan
+    if text and re.search(f"{D.CELL}$", plan):
         raise ValueError(f"{plan!r}: expected a plan as in 'circle red c4; square blue f2'")
-    return text, plan
+    return prompt, None
 
 
 def draw(studio, picture, vectors):
     """A row of pictures for each prompt; edits stand after the picture that they change."""
-    s, rows, words = studio.settings, [], studio.tokenizer.ids
+    s, rows = studio.settings, []
     own = None if vectors is None else vectors.expand(s.count, -1, -1)
-    given = [split_plan(prompt, words) for prompt in s.prompts]
+    given = [split_plan(prompt, studio.plans) for prompt in s.prompts]
     for n, (text, plan) in enumerate(given):
         seeds = range(s.seed + n * s.count, s.seed + (n + 1) * s.count)
         texts = [text] * s.count
         plans = [plan] * s.count
         if s.plan and not plan and studio.facts["kind"] == "shapes":
             said = studio.plan(texts, seeds, own)
-            plans = [line if D.PLAN.fullmatch(line) else None for line in said]
+            plans = [line if studio.plans.fullmatch(line) else None for line in said]
             print(*(f"{text} | {line or 'no plan'}" for line in plans), sep="\n")
         images = studio.draw(texts, seeds, plans, own)
         rows.append(images if picture is None else np.concatenate([picture, images]))

@@ -196,6 +196,7 @@ def scene_texts(prompt, objects, rng):
 
 
 COLUMNS = "abcdefgh"  # of a plan's grid
+LINE = rf"({'|'.join(SHAPES)}) ({'|'.join(COLORS)}) {D.CELL}"  # of a plan, as a pattern
 
 
 def plan(objects):
@@ -281,7 +282,7 @@ class Shapes:
 
     def prepare(self):
         """Draws the scenes -> PreparedSet."""
-        facts = {"kind": "shapes", "side": SIDE, "channels": None} | asdict(self)
+        facts = {"kind": "shapes", "line": LINE, "side": SIDE, "channels": None} | asdict(self)
         parts = {f"part-{i // 1000:05d}.safetensors": i for i in range(0, self.count, 1000)}
         return D.prepare(facts, parts, self.read)
 

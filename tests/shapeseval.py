@@ -252,7 +252,7 @@ CELL = world.SIDE / 8
 
 def parse_plan(text):
     """A plan as Objects without size: x, y = centres of cells. [] where it is no plan."""
-    if not data.PLAN.fullmatch(text):
+    if not re.fullmatch(f"{world.LINE}(; {world.LINE})*", text):
         return []
     objects = []
     for shape, color, cell in (line.split() for line in text.split("; ")):

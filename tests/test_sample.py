@@ -312,7 +312,7 @@ def test_a_chat_can_begin_with_a_picture(micro_run, picture, monkeypatch):
     assert rows[0][3:] == [("user", "how many?"), ("bot", None)] and given is vectors
 
 
-@pytest.mark.parametrize("plan", ["circle c4", "circle red c4; c5", "circle pink a1"])
+@pytest.mark.parametrize("plan", ["red circle c4", "circle red c4; c5", "circle pink a1"])
 def test_a_line_that_is_nearly_a_plan_is_refused(micro_run, tmp_path, capsys, monkeypatch, plan):
     """Before anything is drawn. What ends in no cell is text; see above."""
     monkeypatch.delattr(sample.Studio, "draw")
