@@ -65,14 +65,16 @@ def parse(settings, about, arguments=None):
 
 @contextmanager
 def plain_errors(program):
-    """What a user can get wrong ends in one line and exit code 2, Ctrl-C in one and 130."""
+    """What a user can get wrong ends in one line and exit code 2. Ctrl-C ends in one and 130,
+    or in the code that the KeyboardInterrupt holds."""
     try:
         yield
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
         ArgumentParser().exit(2, f"{program}: {said}\n")
-    except KeyboardInterrupt:
-        ArgumentParser().exit(130, f"{program}: interrupted; the same command continues\n")
+    except KeyboardInterrupt as stop:
+        said = f"{program}: interrupted; the same command continues\n"
+        ArgumentParser().exit(*stop.args or [130], said)
 
 
 def find_device(name):

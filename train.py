@@ -520,7 +520,7 @@ def every_text(text):
 class Run:
     """What all stages share: settings, prepared set, tokenizer, model, and the one checkpoint."""
 
-    stopped = False  # whether a signal has come, see `stop`
+    stopped = 0  # exit code of a run that a signal ends at its next checkpoint
 
     def __init__(self, c):
         self.config = c
@@ -569,7 +569,7 @@ class Run:
 
     def save(self, stage, step=0, averages=None, keepers=()):
         """The one checkpoint of a run, whole or not at all: a kill leaves the one before.
-        KeyboardInterrupt after it if a signal has come."""
+        KeyboardInterrupt(exit code) after it if a signal has come, see `stop`."""
         self.progress = {"stage": stage, "step": step, "averages": averages or {}}
         self.progress["states"] = [keeper.state_dict() for keeper in keepers]
         self.progress["seconds"] = self.seconds
@@ -579,7 +579,7 @@ class Run:
         if RANK == 0:
             D.write_whole(self.path, lambda temporary: torch.save(state, temporary))
         if self.stopped and stage != "done":
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(self.stopped)
 
     def log(self, bar, stage, step, loss, norm, rate):
         """Into the bar and STAGE.csv. Bad numbers end the run before they reach a checkpoint."""
@@ -643,7 +643,7 @@ def train(c):
 def stop(number, frame):
     """Ctrl-C or SIGTERM: the run saves after the step and ends. The second one ends it at once."""
     signal.signal(number, signal.SIG_DFL)
-    Run.stopped = True
+    Run.stopped = 128 + number
     print("The run saves after this step. A second signal ends it at once.")
 
 
